@@ -1,0 +1,1 @@
+"""The memory server: host pages, leases, and the client that asks for them."""

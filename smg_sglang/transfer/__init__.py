@@ -1,0 +1,1 @@
+"""Page layouts and the copies between device pools and host pages."""

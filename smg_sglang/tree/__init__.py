@@ -1,0 +1,1 @@
+"""Page keys and the radix tree over them: books only, no I/O, numpy only."""
