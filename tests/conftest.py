@@ -1,0 +1,52 @@
+"""What every test may use: models that come without a hub, and a fixed order of the suite."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# Before any test imports transformers, which reads these once. Nothing here may ask a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS.parent))  # `tools` and `bench` are not installed
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """SmolLM2-135M-Instruct in bf16, as `make model` prepares it."""
+    from tools.demo_model import demo_model
+
+    return demo_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """A random 4-layer Llama with GQA in fp32 and the demo tokenizer; the same on every run."""
+    from tools.random_llama import Recipe, random_llama
+
+    return random_llama(Recipe(dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_bf16() -> Path:
+    """`tiny_model` with its weights rounded to bf16."""
+    from tools.random_llama import Recipe, random_llama
+
+    return random_llama(Recipe(dtype="bfloat16"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks by folder, and runs what is fast first: unit tests, then tests/e2e, then tests/gpu."""
+    for item in items:
+        if (kind := _kind(item)) is not None:
+            item.add_marker(kind)
+    items.sort(key=lambda item: (None, "e2e", "gpu").index(_kind(item)))
+
+
+def _kind(item: pytest.Item) -> str | None:
+    folder = item.path.relative_to(TESTS).parts[0]
+    return folder if folder in ("e2e", "gpu") else None
