@@ -1,0 +1,262 @@
+"""The prefix tree of one level: which pages hold which prefixes, and which of them go first."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smg_sglang.tree.eviction import LRU, EvictionPolicy, EvictionQueue
+from smg_sglang.tree.invariants import check_tree
+from smg_sglang.tree.node import Node
+from smg_sglang.tree.page_keys import KEY_BYTES
+
+Pages = NDArray[np.int64]
+
+_NO_PAGES: Pages = np.empty(0, np.int64)
+_NO_PAGES.setflags(write=False)
+
+
+class Match(NamedTuple):
+    """The longest known prefix of a path. Holds until the next command on the tree; pin `node`
+    to make it hold longer."""
+
+    pages: Pages
+    """int64[length], read-only."""
+    node: Node
+    """The node the prefix ends in, perhaps not at its end; the root if `length` is 0."""
+    length: int
+    """In pages."""
+
+
+class Inserted(NamedTuple):
+    """What became of inserted pages."""
+
+    node: Node
+    """The node the path ends in: pin it to protect the whole path."""
+    duplicates: Pages
+    """int64, read-only: the caller's pages that were not taken, as the tree has others there."""
+
+
+class RadixTree:
+    """A path-compressed radix tree of page numbers under *paths* (page keys, joined).
+
+    It keeps books only: the pages that `evict` and `clear` return are the caller's to free, and
+    a page given to `insert` is the tree's until then. A page goes only after all that follow it.
+    A pin on a node protects its whole path, because nothing above a leaf can go before it.
+    Keys compare byte by byte, so nothing here relies on their being digests.
+
+    One thread at a time. Paths that are no whole number of keys raise ValueError.
+    """
+
+    def __init__(self, policy: EvictionPolicy | None = None):
+        self._queue = EvictionQueue(policy or LRU())
+        self._root = Node(b"", _NO_PAGES, None, 0)
+        self._clock = 0
+        self._num_pages = 0
+        self._num_pinned = 0
+
+    @property
+    def num_pages(self) -> int:
+        return self._num_pages
+
+    @property
+    def num_pinned(self) -> int:
+        """Nodes with at least one pin. `pinned_pages` counts what they protect."""
+        return self._num_pinned
+
+    def match(self, path: bytes) -> Match:
+        """The longest prefix of `path` that is here. A query: not even recency changes.
+
+        O(bytes compared + nodes passed); pages are copied only if they lie in several nodes.
+        """
+        node, length, within, pages = self._descend(path)
+        if within < node.length:
+            pages[-1] = pages[-1][:within]
+        return Match(_joined(pages), node, length)
+
+    def touch(self, match: Match) -> None:
+        """Count a use of the matched prefix, now. Of no effect if it has left. O(1)."""
+        self._use(match.node)
+
+    def insert(self, path: bytes, pages: Pages, start: int = 0) -> Inserted:
+        """Put `pages` (int64[n], copied) under the last n keys of `path`, and count a use.
+
+        `path[:start]` must be here already: KeyError if not. Pages that are here stay, and the
+        caller gets its own ones for the same keys back as duplicates; so never insert a page
+        number that the tree holds. ValueError unless n is the length of the path less `start`.
+        """
+        given = _checked_pages(path, pages, start)
+        node, known, within, _ = self._descend(path)
+        if known < start:
+            raise KeyError(f"pages for {start} pages onward, but only {known} of those are here")
+        taken = max(known - start, 0)
+        if taken < len(given):
+            if within < node.length:
+                node = self._split(node, within)
+            node = self._grow(node, path[KEY_BYTES * known :], given[taken:])
+        self._use(node)
+        return Inserted(node, given[:taken])
+
+    def pin(self, node: Node) -> None:
+        """Protect the path that ends in `node` from eviction; pins add up. O(1).
+
+        A match that ends inside a node pins all of that node. KeyError if the node has left.
+        """
+        if not node.attached:
+            raise KeyError("this node has left the tree: match again, then pin")
+        if node.pins == 0:
+            self._num_pinned += 1
+        node.pins += 1
+
+    def unpin(self, node: Node) -> None:
+        """Take back one pin; allowed after `clear`, too. ValueError without a pin. O(log n)."""
+        if node.pins == 0:
+            raise ValueError("this node has no pin to take back")
+        node.pins -= 1
+        if node.pins == 0 and node.attached:
+            self._num_pinned -= 1
+            self._queue.offer(node)
+
+    def evict(self, n: int) -> Pages:
+        """Take out up to `n` pages and return them, int64: fewer only when all else is pinned.
+
+        Leaves go in the policy's order; the last one loses its tail only. O(log nodes) each,
+        amortised over the uses before. The array may be read-only.
+        """
+        freed: list[Pages] = []
+        missing = n
+        while missing > 0 and (leaf := self._queue.first()) is not None:
+            if leaf.length <= missing:
+                freed.append(leaf.pages)
+                missing -= leaf.length
+                self._remove(leaf)
+            else:
+                freed.append(leaf.trim(missing))
+                missing = 0
+        gone = _joined(freed)
+        self._num_pages -= len(gone)
+        return gone
+
+    def clear(self) -> Pages:
+        """Take out everything, pinned or not, and return all pages, int64. Handles go stale."""
+        nodes = self.nodes()
+        for node in nodes:
+            node.attached = False
+        self._queue.clear()
+        self._root.children.clear()
+        self._num_pages = 0
+        self._num_pinned = int(self._root.pins > 0)
+        return _joined([node.pages for node in nodes])
+
+    def pinned_pages(self) -> int:
+        """Pages that pins protect now. Walks the tree: for metrics and tests."""
+        protected = {above for node in self.nodes() if node.pins for above in node.ancestry()}
+        return sum(node.length for node in protected)
+
+    def nodes(self) -> list[Node]:
+        """All nodes but the root, parents first. Walks the tree: for metrics and tests."""
+        found = list(self._root.children.values())
+        for node in found:
+            found.extend(node.children.values())
+        return found
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError that says what is wrong if the books are. Walks the tree."""
+        check_tree(self._root, self.nodes(), self._queue, self._num_pages, self._num_pinned)
+
+    def _descend(self, path: bytes) -> tuple[Node, int, int, list[Pages]]:
+        """Follow `path` as far as it is known: the last node, the pages known in all and within
+        that node, and the page arrays passed (the last of them whole)."""
+        if len(path) % KEY_BYTES:
+            raise ValueError(f"a path is keys of {KEY_BYTES} bytes, got {len(path)} bytes")
+        node, at, end, within = self._root, 0, len(path), 0
+        passed: list[Pages] = []
+        while at < end:
+            child = node.children.get(path[at : at + KEY_BYTES])
+            if child is None:
+                break
+            node = child
+            passed.append(child.pages)
+            # startswith compares in place: a slice would copy what may be a megabyte.
+            within = child.length if path.startswith(child.keys, at) else _shared(child, path, at)
+            at += KEY_BYTES * within
+            if within < child.length:
+                break
+        return node, at // KEY_BYTES, within, passed
+
+    def _use(self, node: Node) -> None:
+        self._clock += 1
+        node.uses += 1
+        node.used_at = self._clock
+
+    def _grow(self, parent: Node, keys: bytes, pages: Pages) -> Node:
+        self._clock += 1
+        node = Node(keys, pages, parent, self._clock)
+        parent.children[node.first_key()] = node
+        self._num_pages += len(pages)
+        self._queue.offer(node)
+        return node
+
+    def _split(self, lower: Node, at: int) -> Node:
+        """Put a new node over the first `at` pages of `lower`, which keeps its handle and pins.
+
+        The new one starts without uses: it takes over those of `lower` when that leaves.
+        """
+        parent = lower.parent
+        assert parent is not None
+        cut = KEY_BYTES * at
+        upper = Node(lower.keys[:cut], lower.pages[:at], parent, lower.born_at)
+        parent.children[upper.first_key()] = upper
+        lower.keys = lower.keys[cut : KEY_BYTES * lower.length]
+        lower.pages = lower.pages[at:]
+        lower.length -= at
+        lower.parent = upper
+        upper.children[lower.first_key()] = lower
+        return upper
+
+    def _remove(self, leaf: Node) -> None:
+        """Take the queue's first node out of the tree."""
+        parent = leaf.parent
+        assert parent is not None
+        self._queue.drop_first()
+        leaf.attached = False
+        del parent.children[leaf.first_key()]
+        parent.absorb(leaf)
+        self._queue.offer(parent)
+
+
+def _shared(node: Node, path: bytes, at: int) -> int:
+    """How many pages of `node` the path shares from byte `at` on: halving, each byte compared
+    about once, so that it is right for keys that do not chain, too."""
+    keys = node.keys
+    low, high = 1, min(node.length, (len(path) - at) // KEY_BYTES)
+    if path.startswith(keys[: KEY_BYTES * high], at):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if path.startswith(keys[KEY_BYTES * low : KEY_BYTES * middle], at + KEY_BYTES * low):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _joined(parts: list[Pages]) -> Pages:
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else _NO_PAGES
+
+
+def _checked_pages(path: bytes, pages: Pages, start: int) -> Pages:
+    """A read-only copy of the pages, one for each key of `path` from `start` on."""
+    own = np.array(pages, dtype=np.int64)
+    expected = len(path) // KEY_BYTES - start
+    if own.shape != (expected,) or start < 0:
+        raise ValueError(
+            f"{len(path) // KEY_BYTES} keys from {start} on take {expected} pages, "
+            f"got an array of shape {own.shape}"
+        )
+    own.setflags(write=False)
+    return own

@@ -1,0 +1,115 @@
+"""The naive twin of `RadixTree`: a dict of runs by their whole path, everything by scanning.
+
+No links, no heap, no folding of uses: each use marks every run on the path, and each eviction
+looks at all runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from smg_sglang.tree.eviction import EvictionPolicy
+
+
+@dataclass
+class Run:
+    path: tuple[int, ...]
+    """All keys from the root to this run's end."""
+    start: int
+    pages: list[int]
+    born_at: int
+    used_at: int = 0
+    uses: int = 0
+    pins: int = 0
+    attached: bool = True
+
+
+@dataclass
+class NaiveTree:
+    policy: EvictionPolicy
+    runs: dict[tuple[int, ...], Run] = field(default_factory=dict)
+    clock: int = 0
+
+    def match(self, path: tuple[int, ...]) -> tuple[list[int], Run | None]:
+        pages = [page for run in self._along(path) for page in self._shared_pages(run, path)]
+        return pages, next(reversed(self._along(path)), None)
+
+    def touch(self, run: Run | None) -> None:
+        self.clock += 1
+        for above in self._along(run.path) if run and run.attached else []:
+            above.uses += 1
+            above.used_at = self.clock
+
+    def insert(self, path: tuple[int, ...], pages: list[int], start: int):
+        """-> the duplicates and the deepest run, or None where a parent is missing."""
+        known, last = self.match(path)
+        if len(known) < start:
+            return None
+        duplicates = pages[: len(known) - start]
+        if len(known) < len(path):
+            if last is not None and len(known) < len(last.path):
+                self._split(last, len(known))
+            self.clock += 1
+            last = Run(path, len(known), pages[len(duplicates) :], self.clock)
+            self.runs[path] = last
+        self.touch(last)
+        return duplicates, last
+
+    def evict(self, n: int) -> list[int]:
+        freed: list[int] = []
+        while len(freed) < n and (leaves := [run for run in self.runs.values() if self._free(run)]):
+            leaf = min(leaves, key=self.policy.rank)
+            del self.runs[leaf.path]
+            cut = max(len(leaf.pages) - (n - len(freed)), 0)
+            freed += leaf.pages[cut:]
+            leaf.path, leaf.pages = leaf.path[: leaf.start + cut], leaf.pages[:cut]
+            leaf.attached = bool(cut)
+            if cut:
+                self.runs[leaf.path] = leaf
+        return freed
+
+    def clear(self) -> list[int]:
+        pages = [page for run in self.runs.values() for page in run.pages]
+        for run in self.runs.values():
+            run.attached = False
+        self.runs.clear()
+        return pages
+
+    def pinned_pages(self) -> int:
+        pinned = [run for run in self.runs.values() if run.pins]
+        protected = {above.path for run in pinned for above in self._along(run.path)}
+        return sum(len(self.runs[path].pages) for path in protected)
+
+    def contents(self) -> dict[tuple[int, ...], int]:
+        """Every known prefix and the page at its end."""
+        return {
+            run.path[: run.start + i + 1]: page
+            for run in self.runs.values()
+            for i, page in enumerate(run.pages)
+        }
+
+    def _along(self, path: tuple[int, ...]) -> list[Run]:
+        """The runs of which `path` has at least the first page, upper ones first."""
+        on_path = [run for run in self.runs.values() if self._shared_pages(run, path)]
+        return sorted(on_path, key=lambda run: run.start)
+
+    @staticmethod
+    def _shared_pages(run: Run, path: tuple[int, ...]) -> list[int]:
+        shared = 0
+        while shared < min(len(run.path), len(path)) and run.path[shared] == path[shared]:
+            shared += 1
+        return run.pages[: max(shared - run.start, 0)]
+
+    def _split(self, run: Run, at: int) -> None:
+        cut = at - run.start
+        upper = Run(run.path[:at], run.start, run.pages[:cut], run.born_at, run.used_at, run.uses)
+        run.start, run.pages = at, run.pages[cut:]
+        self.runs[upper.path] = upper
+
+    def _free(self, run: Run) -> bool:
+        below = [
+            other
+            for path, other in self.runs.items()
+            if other.start >= len(run.path) and path[: len(run.path)] == run.path
+        ]
+        return not run.pins and not below
