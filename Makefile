@@ -1,0 +1,50 @@
+# Two commands to begin with: `make serve` and `make test`. Needs Python 3.11+, make and gcc.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+ARGS ?=
+MODEL ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-gpu bench bench-gpu lint model clean distclean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+serve: $(VENV)/.ready ## a server with --enable-smg on 127.0.0.1:30000; MODEL=path, ARGS="server flags"
+	@$(RUN) -m tools.serve $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
+
+test: $(VENV)/.ready ## the whole test suite; ARGS="pytest flags"
+	@$(RUN) -m tools.demo_model >/dev/null
+	@$(RUN) -m pytest $(ARGS)
+
+test-gpu: $(VENV)/.ready ## only what needs a CUDA device; ARGS="pytest flags"
+	@$(RUN) -m pytest tests/gpu $(ARGS)
+
+bench: $(VENV)/.ready ## stock SGLang and ours on the same workloads: table, JSON, PNG; ARGS="flags"
+	@$(RUN) -m bench $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
+
+bench-gpu: $(VENV)/.ready ## the transfer benchmark on a CUDA device
+	@$(RUN) -m bench.gpu $(ARGS)
+
+lint: $(VENV)/.ready ## formatting, lint, types and import layers
+	@$(VENV)/bin/ruff format --check --quiet . || { $(VENV)/bin/ruff format --check .; exit 1; }
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy -p smg_sglang -p tools
+	@$(VENV)/bin/lint-imports
+
+model: $(VENV)/.ready ## the demo model; the last line is its folder
+	@$(RUN) -m tools.demo_model
+
+clean: ## removes what tests, tools and benchmarks left here; keeps .venv
+	@rm -rf build dist bench/out .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache .benchmarks
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## removes .venv too
+	@rm -rf $(VENV) *.egg-info
+
+$(VENV)/.ready: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.11 or newer, or name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, and $(PYTHON) is %d.%d: name another one, as in make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	@$(PYTHON) tools/set_up.py
