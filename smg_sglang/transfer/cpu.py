@@ -1,0 +1,127 @@
+"""Copies between a pool in host memory and the arena: one thread, no GIL, near memcpy speed.
+
+Kernels are compiled by numba in the background when the first mover is made (and cached on disk),
+so no request waits for the compiler; until then, and where numba is missing, torch index
+operations do the same. Measured by bench/transfer.py; figures in docs/transfer.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from smg_sglang.transfer.layout import DevicePool
+from smg_sglang.transfer.mover import Mover, PageMove
+from smg_sglang.transfer.torch_rows import copy_rows as torch_copy_rows
+
+logger = logging.getLogger(__name__)
+
+RowKernel = Callable[[np.ndarray, np.ndarray, np.ndarray, int, np.ndarray, np.ndarray, int], None]
+"""(bases, row_bytes, page_offsets, arena address, slots, page byte offsets, page_size)"""
+
+
+class CpuMover(Mover):
+    """`Mover` for a pool of CPU tensors. Any number of threads may copy at once.
+
+    Args:
+        compiled: False keeps to the torch operations (tests, machines without numba).
+    """
+
+    def __init__(self, pool: DevicePool, compiled: bool = True) -> None:
+        super().__init__(pool)
+        layout = pool.layout
+        segments = [(la, pa) for la in range(layout.num_layers) for pa in range(len(layout.parts))]
+        self._bases = np.array([pool.rows[la][pa].data_ptr() for la, pa in segments], np.int64)
+        self._row_bytes = np.array([layout.parts[pa].row_bytes for _, pa in segments], np.int64)
+        self._offsets = np.array([layout.part_offset(la, pa) for la, pa in segments], np.int64)
+        self._segments = segments
+        self._compiled = compiled
+        if compiled:
+            kernels.start()
+
+    def spill(self, move: PageMove) -> None:
+        self._copy(0, len(self._segments), move, to_arena=True)
+
+    def load_layer(self, layer: int, move: PageMove) -> None:
+        num_parts = len(self.layout.parts)
+        self._copy(layer * num_parts, (layer + 1) * num_parts, move, to_arena=False)
+
+    def _checked_slots(self, slots: torch.Tensor) -> torch.Tensor:
+        # The kernels write through raw addresses: a wrong slot must not get there.
+        if slots.numel() and not 0 <= int(slots.min()) <= int(slots.max()) < self.pool.num_slots:
+            raise ValueError(
+                f"slots {int(slots.min())}..{int(slots.max())} are not in a pool of "
+                f"{self.pool.num_slots}"
+            )
+        return slots.contiguous()
+
+    def _copy(self, first: int, end: int, move: PageMove, *, to_arena: bool) -> None:
+        compiled = kernels.ready() if self._compiled else None
+        if compiled is None:
+            self._copy_with_torch(first, end, move, to_arena)
+            return
+        kernel = compiled.spill if to_arena else compiled.load
+        kernel(
+            self._bases[first:end],
+            self._row_bytes[first:end],
+            self._offsets[first:end],
+            move.arena.ctypes.data,
+            move.slots.numpy(),
+            move.offsets,
+            self.layout.page_size,
+        )
+
+    def _copy_with_torch(self, first: int, end: int, move: PageMove, to_arena: bool) -> None:
+        for segment in range(first, end):
+            layer, part = self._segments[segment]
+            offsets = move.offsets + self._offsets[segment]
+            torch_copy_rows(self.pool.rows[layer][part], move, offsets, to_arena=to_arena)
+
+
+class Compiled:
+    """The kernels once they are compiled."""
+
+    def __init__(self, spill: RowKernel, load: RowKernel) -> None:
+        self.spill, self.load = spill, load
+
+
+class KernelLoader:
+    """Compiles the kernels once per process, on a thread that ends when it is done."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._compiled: Compiled | None = None
+
+    def start(self) -> None:
+        """Begin to compile unless that was done before; returns at once."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="smg-compile", daemon=True)
+                self._thread.start()
+
+    def ready(self) -> Compiled | None:
+        """The kernels, or None while they are being compiled or when there is no numba."""
+        return self._compiled
+
+    def wait(self) -> bool:
+        """Block until compiling has ended; whether there are kernels. For tests and benchmarks."""
+        self.start()
+        assert self._thread is not None
+        self._thread.join()
+        return self._compiled is not None
+
+    def _run(self) -> None:
+        try:
+            from smg_sglang.transfer import numba_rows
+        except Exception as error:
+            logger.warning("no compiled copy kernels (%s); copies use torch operations", error)
+            return
+        self._compiled = Compiled(numba_rows.spill_rows, numba_rows.load_rows)
+
+
+kernels = KernelLoader()

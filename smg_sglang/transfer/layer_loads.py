@@ -1,0 +1,159 @@
+"""Loads of host pages into device slots, layer by layer, a batch of requests at a time."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from smg_sglang.transfer.layer_counter import LayerCounter, LoadBatch
+from smg_sglang.transfer.mover import BeforeCopy, Mark, Mover, PageMove
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LoadCounters:
+    """Totals since start. ``seconds``: the loader's time (CUDA: of enqueueing)."""
+
+    batches: int = 0
+    pages: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    failed: int = 0
+
+
+@dataclass(frozen=True)
+class _Queued:
+    move: PageMove
+    keep_alive: object = None
+
+
+@dataclass(frozen=True)
+class _Task:
+    batch: LoadBatch
+    moves: list[PageMove]
+    after: list[Mark]
+    # Holds mappings and leases until the copies are done.
+    keep_alive: list[object] = field(repr=False)
+
+
+class LayerLoads:
+    """Queue loads per request, start all queued ones as one batch, finish the batch.
+
+    All methods are for the scheduler thread; copies run on a loader thread, or, where the mover
+    only enqueues (CUDA with pinned pages), on a side stream without any other thread.
+
+    Attributes:
+        counter: to be registered as SGLang's layer transfer counter.
+        counters: totals, read at any time.
+    """
+
+    def __init__(self, mover: Mover, before_copy: BeforeCopy | None = None) -> None:
+        """``before_copy``: test hook, called on the loader thread before each layer's copy."""
+        self.counter = LayerCounter(mover.layout.num_layers)
+        self.counters = LoadCounters()
+        self._mover = mover
+        self._before_copy = before_copy
+        self._queued: dict[str, _Queued] = {}
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._last_in_thread: LoadBatch | None = None
+        self._thread = threading.Thread(target=self._run, name="smg-load", daemon=True)
+        self._thread.start()
+
+    def queue(
+        self,
+        rid: str,
+        slots: torch.Tensor,
+        arena: np.ndarray,
+        offsets: np.ndarray,
+        keep_alive: object = None,
+    ) -> None:
+        """Queue the load of ``rid``; nothing moves before `start`.
+
+        Args:
+            slots, arena, offsets: as in `Mover.prepare`.
+            keep_alive: held until the load has finished or was cancelled (the arena, the lease).
+
+        Raises:
+            ValueError: a load of ``rid`` is queued already, or arguments that do not fit.
+        """
+        if rid in self._queued:
+            raise ValueError(f"a load for request {rid} is queued already")
+        self._queued[rid] = _Queued(self._mover.prepare(slots, arena, offsets), keep_alive)
+
+    def cancel(self, rid: str) -> bool:
+        """Forget a load that has not started; False when there is none (or it has started)."""
+        return self._queued.pop(rid, None) is not None
+
+    def start(self) -> int:
+        """Start everything queued as one batch; its index, or -1 when nothing is queued."""
+        if not self._queued:
+            return -1
+        queued, self._queued = list(self._queued.values()), {}
+        index = self.counter.update_producer()
+        task = _Task(
+            batch=self.counter.events[index],
+            moves=PageMove.joined([q.move for q in queued]),
+            after=self._mover.fence(),
+            keep_alive=[q.keep_alive for q in queued],
+        )
+        if self._thread_is_idle() and self._mover.enqueues(task.moves):
+            self._load(task)
+        else:
+            self._last_in_thread = task.batch
+            self._tasks.put(task)
+        return index
+
+    def finish(self, index: int) -> bool:
+        """Wait until a started batch stops writing its slots; True when every layer landed."""
+        return self.counter.finish(index)
+
+    def reset(self) -> None:
+        """Drop what is queued, wait for what has started."""
+        self._queued.clear()
+        self.counter.reset()
+
+    def close(self) -> None:
+        """`reset`, then end the thread. May be called twice."""
+        self.reset()
+        self._tasks.put(None)
+        self._thread.join()
+
+    def _thread_is_idle(self) -> bool:
+        """Batches copy in start order, so none may overtake one that the thread still has."""
+        return self._last_in_thread is None or self._last_in_thread.settled
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            self._load(task)
+            del task  # or the last batch's mappings would live until the next one
+
+    def _load(self, task: _Task) -> None:
+        started = time.perf_counter()
+        try:
+            with self._mover.loading(task.after):
+                for layer in range(self.counter.num_layers):
+                    self._load_layer(layer, task)
+        except BaseException as error:
+            # The forward that waits must go on; `finish` tells the scheduler.
+            logger.exception("loading pages from the memory tier failed")
+            self.counters.failed += 1
+            task.batch.fail(error)
+        pages = sum(move.num_pages for move in task.moves)
+        self.counters.batches += 1
+        self.counters.pages += pages
+        self.counters.bytes += pages * self._mover.layout.page_bytes
+        self.counters.seconds += time.perf_counter() - started
+
+    def _load_layer(self, layer: int, task: _Task) -> None:
+        if self._before_copy is not None:
+            self._before_copy()
+        for move in task.moves:
+            self._mover.load_layer(layer, move)
+        task.batch.land(self._mover.mark())

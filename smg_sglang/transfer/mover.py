@@ -1,0 +1,159 @@
+"""The interface of what copies pages between the device pool and the arena."""
+
+from __future__ import annotations
+
+import random
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from smg_sglang.transfer.layout import DevicePool
+
+BeforeCopy = Callable[[], None]
+"""Test hook: called on the copying thread before each copy."""
+
+
+def random_delay(max_seconds: float, seed: int = 0) -> BeforeCopy:
+    """A hook that sleeps a random time before each copy, to bring out missing waits."""
+    rng = random.Random(seed)
+
+    def delay() -> None:
+        time.sleep(rng.random() * max_seconds)
+
+    return delay
+
+
+@dataclass(frozen=True, eq=False)
+class PageMove:
+    """Which slots belong to which host pages. Built by `Mover.prepare`, which checks it.
+
+    Attributes:
+        slots: int64 [num_pages * page_size]; token t of page p is in ``slots[p*page_size + t]``.
+        arena: uint8, the whole mapping of the arena.
+        offsets: int64 [num_pages], byte offset of each page in the arena.
+    """
+
+    slots: torch.Tensor
+    arena: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.offsets)
+
+    @staticmethod
+    def joined(moves: Sequence[PageMove]) -> list[PageMove]:
+        """The same copies with as few moves as arenas, in order of first appearance."""
+        by_arena: dict[int, list[PageMove]] = {}
+        for move in moves:
+            by_arena.setdefault(id(move.arena), []).append(move)
+        return [
+            PageMove(
+                torch.cat([m.slots for m in group]),
+                group[0].arena,
+                np.concatenate([m.offsets for m in group]),
+            )
+            if len(group) > 1
+            else group[0]
+            for group in by_arena.values()
+        ]
+
+
+class Mark:
+    """A point in the order of copies. On a CPU copies are done when they return: nothing to do."""
+
+    def wait(self) -> None:
+        """Let the caller's current stream wait for the point; the CPU does not wait."""
+
+    def synchronize(self) -> None:
+        """Let the CPU wait for the point."""
+
+
+REACHED = Mark()
+
+
+class Mover(ABC):
+    """Copies pages of one pool. `spill` and `load_layer` may run at once on two threads."""
+
+    def __init__(self, pool: DevicePool) -> None:
+        self.pool = pool
+        self.layout = pool.layout
+
+    def prepare(self, slots: torch.Tensor, arena: np.ndarray, offsets: np.ndarray) -> PageMove:
+        """Check what is to be copied; no bytes move. Any thread.
+
+        Args:
+            slots: int64 [n * page_size] on the pool's device.
+            arena: uint8 [size of the mapping], C-contiguous.
+            offsets: int64 [n], byte offset of each host page in ``arena``.
+
+        Raises:
+            ValueError: lengths do not fit, or a slot or a page lies outside its memory.
+        """
+        offsets = np.ascontiguousarray(offsets, dtype=np.int64)
+        if slots.dtype != torch.int64 or slots.dim() != 1:
+            raise ValueError(f"slots are {slots.dtype} {tuple(slots.shape)}; need int64 [n]")
+        if slots.numel() != len(offsets) * self.layout.page_size:
+            raise ValueError(
+                f"{slots.numel()} slots for {len(offsets)} pages of {self.layout.page_size} tokens"
+            )
+        if arena.dtype != np.uint8 or arena.ndim != 1 or not arena.flags.c_contiguous:
+            raise ValueError("the arena must be one contiguous uint8 array")
+        last = len(arena) - self.layout.page_bytes
+        if len(offsets) and not 0 <= int(offsets.min()) <= int(offsets.max()) <= last:
+            raise ValueError(
+                f"pages at {int(offsets.min())}..{int(offsets.max())} do not fit an arena of "
+                f"{len(arena)} bytes (a page has {self.layout.page_bytes})"
+            )
+        return PageMove(self._checked_slots(slots), arena, offsets)
+
+    def _checked_slots(self, slots: torch.Tensor) -> torch.Tensor:
+        return slots.contiguous()
+
+    @abstractmethod
+    def spill(self, move: PageMove) -> None:
+        """Copy all layers of the slots into the pages; the bytes are there when it returns."""
+
+    @abstractmethod
+    def load_layer(self, layer: int, move: PageMove) -> None:
+        """Copy one layer of the pages into the slots: done (CPU) or enqueued (CUDA) on return."""
+
+    def fence(self) -> list[Mark]:
+        """What loads started now must come after. Called on the scheduler thread."""
+        return []
+
+    def loading(self, after: Sequence[Mark]) -> AbstractContextManager[object]:
+        """Context in which `load_layer` and `mark` are called for one batch."""
+        return nullcontext()
+
+    def mark(self) -> Mark:
+        """The point after everything `load_layer` was asked for so far in this context."""
+        return REACHED
+
+    def enqueues(self, moves: Sequence[PageMove]) -> bool:
+        """Whether `load_layer` of these only enqueues, so that no other thread is needed."""
+        return False
+
+    def close(self) -> None:  # noqa: B027 (a CPU mover holds nothing)
+        """Release what the mover holds. No copy may run."""
+
+
+def make_mover(pool: DevicePool, *, order_after: Sequence[object] = ()) -> Mover:
+    """The mover for the pool's device.
+
+    Args:
+        order_after: CUDA streams (the forward stream) that loads must come after, besides the
+            current one. Ignored on a CPU, where the forward is synchronous.
+    """
+    if pool.device.type == "cpu":
+        from smg_sglang.transfer.cpu import CpuMover
+
+        return CpuMover(pool)
+    from smg_sglang.transfer.cuda import CudaMover
+
+    return CudaMover(pool, order_after=order_after)

@@ -1,0 +1,237 @@
+"""Spills: copies of device pages into the memory tier, in the background and in order."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from smg_sglang.errors import MemoryUnavailable
+from smg_sglang.transfer.mover import BeforeCopy, Mover
+
+logger = logging.getLogger(__name__)
+
+Key = TypeVar("Key")
+"""What names a job to the callbacks, e.g. its path; opaque here."""
+Handle = TypeVar("Handle")
+"""What `reserve` returned to be published or abandoned; opaque here."""
+
+
+class Event(Protocol):
+    """A point on a device stream, such as torch.cuda.Event."""
+
+    def synchronize(self) -> None: ...
+
+
+class SpillDropped(Exception):
+    """Raised by `reserve` when a job is not to be spilled. ``reason`` is what it is counted by."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class SpillTarget(Generic[Handle]):
+    """Where pages of a job go.
+
+    Attributes:
+        handle: passed to `publish` or `abandon`.
+        arena: uint8, the whole mapping.
+        offsets: int64 [m], byte offset of the host page for pages first..first+m of the job.
+            Empty when all of the job is in memory already.
+        first: number of leading pages of the job that are in memory already.
+    """
+
+    handle: Handle
+    arena: np.ndarray
+    offsets: np.ndarray
+    first: int = 0
+
+
+@dataclass
+class SpillCounters:
+    """Totals since start. ``seconds``: time spent copying, without reserve and publish.
+    ``dropped``: jobs that completed with False, by reason."""
+
+    jobs: int = 0
+    pages: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class _Job(Generic[Key]):
+    key: Key
+    slots: torch.Tensor
+    ready: tuple[Event, ...]
+    dropped: str | None = None
+
+    @property
+    def num_slots(self) -> int:
+        return self.slots.numel()
+
+
+class SpillQueue(Generic[Key, Handle]):
+    """A thread that spills jobs one after another; it sleeps when there are none.
+
+    For each job: wait for its ``ready`` events, `reserve`, copy, `publish`. The three callbacks
+    run on this thread only, so a connection that serves one thread may belong to it.
+
+    The caller keeps the job's slots from being reused until it has popped its completion.
+    `submit`, `num_completed`, `pop_completed` are for the scheduler thread and do not block.
+    """
+
+    def __init__(
+        self,
+        mover: Mover,
+        *,
+        reserve: Callable[[Key], SpillTarget[Handle]],
+        publish: Callable[[Handle], None],
+        abandon: Callable[[Handle], None],
+        max_waiting_pages: int | None = None,
+        before_copy: BeforeCopy | None = None,
+    ) -> None:
+        """
+        Args:
+            reserve: places for the pages of a job. May raise `MemoryUnavailable` or
+                `SpillDropped`: the job then completes with False.
+            publish: the bytes of a target are there.
+            abandon: the target will not be written (the copy failed).
+            max_waiting_pages: jobs submitted while this many pages wait complete with False
+                (reason ``queue_full``), so that locked slots stay bounded.
+            before_copy: test hook, called before each copy.
+        """
+        self.counters = SpillCounters()
+        self._mover = mover
+        self._reserve, self._publish, self._abandon = reserve, publish, abandon
+        self._max_waiting_pages = max_waiting_pages
+        self._before_copy = before_copy
+        self._jobs: deque[_Job[Key]] = deque()
+        self._completed: deque[bool] = deque()
+        self._waiting_slots = 0
+        self._busy = False
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="smg-spill", daemon=True)
+        self._thread.start()
+
+    def submit(self, key: Key, slots: torch.Tensor, ready: Sequence[Event] = ()) -> None:
+        """Queue a job; every submitted job completes, in this order.
+
+        Args:
+            key: passed to `reserve`.
+            slots: int64 [n * page_size] on the pool's device.
+            ready: events after which the slots hold the KV.
+        """
+        with self._changed:
+            if self._closed:
+                self.counters.dropped["closed"] += 1
+                self._completed.append(False)
+                return
+            refused = None if self._has_room(slots.numel()) else "queue_full"
+            self._jobs.append(_Job(key, slots, tuple(ready), refused))
+            self._waiting_slots += slots.numel()
+            self._changed.notify_all()
+
+    def num_completed(self) -> int:
+        """Completions waiting to be popped."""
+        return len(self._completed)
+
+    def pop_completed(self) -> bool:
+        """Oldest completion: True when all pages of the job are in memory.
+
+        Raises:
+            IndexError: there is none.
+        """
+        return self._completed.popleft()
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Wait until every submitted job has completed; False on timeout."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._jobs and not self._busy, timeout_s)
+
+    def close(self) -> None:
+        """Complete waiting jobs with False, finish the running one, end the thread. Idempotent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _has_room(self, num_slots: int) -> bool:
+        if self._max_waiting_pages is None:
+            return True
+        limit = self._max_waiting_pages * self._mover.layout.page_size
+        return self._waiting_slots + num_slots <= limit
+
+    def _run(self) -> None:
+        while (job := self._next_job()) is not None:
+            try:
+                self._spill(job)
+                success = True
+            except SpillDropped as dropped:
+                success = self._drop(dropped.reason)
+            except MemoryUnavailable:
+                success = self._drop("unavailable")
+            except Exception:
+                logger.exception("a spill failed; its pages stay on the device only")
+                success = self._drop("error")
+            self._complete(job, success)
+
+    def _next_job(self) -> _Job[Key] | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._closed)
+            if not self._jobs:
+                return None
+            self._busy = True
+            return self._jobs.popleft()
+
+    def _complete(self, job: _Job[Key], success: bool) -> None:
+        with self._changed:
+            self.counters.jobs += 1
+            self._waiting_slots -= job.num_slots
+            self._completed.append(success)
+            self._busy = False
+            self._changed.notify_all()
+
+    def _drop(self, reason: str) -> bool:
+        self.counters.dropped[reason] += 1
+        return False
+
+    def _spill(self, job: _Job[Key]) -> None:
+        """Raises what drops the job."""
+        if job.dropped or self._closed:
+            raise SpillDropped(job.dropped or "closed")
+        for event in job.ready:
+            event.synchronize()
+        target = self._reserve(job.key)
+        page_size = self._mover.layout.page_size
+        end = target.first + len(target.offsets)
+        try:
+            self._copy(job.slots[target.first * page_size : end * page_size], target)
+        except BaseException:
+            self._abandon(target.handle)
+            raise
+        self._publish(target.handle)
+        if end * page_size < job.num_slots:
+            raise SpillDropped("memory_full")
+
+    def _copy(self, slots: torch.Tensor, target: SpillTarget[Handle]) -> None:
+        if not len(target.offsets):
+            return
+        if self._before_copy is not None:
+            self._before_copy()
+        started = time.perf_counter()
+        move = self._mover.prepare(slots, target.arena, target.offsets)
+        self._mover.spill(move)
+        self.counters.seconds += time.perf_counter() - started
+        self.counters.pages += move.num_pages
+        self.counters.bytes += move.num_pages * self._mover.layout.page_bytes
