@@ -1,0 +1,290 @@
+"""The state machine of the memory server: who may read and write which page. No sockets."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from smg_sglang.errors import SmgError
+from smg_sglang.memory.arena import PageGeometry
+from smg_sglang.memory.namespace import Namespace
+from smg_sglang.memory.room import make_room
+from smg_sglang.memory.slabs import READY, WRITING, PageAllocator, SlabPool, choose_slab_bytes
+from smg_sglang.memory.space import Space
+from smg_sglang.memory.stats import Counters, Stats
+from smg_sglang.tree.node import Node
+from smg_sglang.tree.page_keys import KEY_BYTES
+from smg_sglang.tree.radix_tree import Match, RadixTree
+
+
+class PageTooLarge(SmgError):
+    """Not even one page of this size fits in the arena."""
+
+
+@dataclass(slots=True)
+class _Pin:
+    """A pinned path in a tree of `space`; `node` is None for the empty path."""
+
+    space: Space
+    tree: RadixTree
+    node: Node | None
+
+    def end(self) -> None:
+        if self.node is not None:
+            self.tree.unpin(self.node)
+            self.space.sweep(self.tree)
+
+
+@dataclass(slots=True)
+class _Writing:
+    """A reservation: `pages` for path[have:], whose parents are pinned."""
+
+    parents: _Pin
+    path: bytes
+    have: int
+    pages: np.ndarray
+
+
+@dataclass(slots=True)
+class _Connection:
+    space: Space
+    leases: dict[int, _Pin] = field(default_factory=dict)
+    reservations: dict[int, _Writing] = field(default_factory=dict)
+
+
+class Books:
+    """Pages are FREE, WRITING (in one reservation) or READY (in one tree); see `slabs`.
+
+    Connections are named by bytes of the caller's choice; leases and reservations by the
+    connection and an id that the client chose. One thread at a time; nothing here blocks.
+    """
+
+    def __init__(
+        self,
+        arena_bytes: int,
+        slab_bytes: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pool = SlabPool(arena_bytes, slab_bytes or choose_slab_bytes(arena_bytes))
+        self._arena_bytes = arena_bytes
+        self._clock = clock
+        self._allocators: dict[int, PageAllocator] = {}  # by page_bytes
+        self._spaces: dict[Namespace, Space] = {}
+        self._connections: dict[bytes, _Connection] = {}
+        self._departed = Counters()
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of the arena's smallest slab."""
+        return self._pool.slab_bytes
+
+    @property
+    def high_water_bytes(self) -> int:
+        """The arena has been given out up to here at some time."""
+        return self._pool.high_water * self._pool.slab_bytes
+
+    def connect(self, name: bytes, namespace: Namespace) -> PageGeometry:
+        """A client of `namespace` is here. Raises PageTooLarge."""
+        allocator = self._allocators.get(namespace.page_bytes)
+        if allocator is None:
+            geometry = self._pool.geometry_for(namespace.page_bytes)
+            if geometry is None:
+                raise PageTooLarge(
+                    f"a page of {namespace.page_bytes} bytes does not fit in host memory of "
+                    f"{self._arena_bytes} bytes: raise --host-gb or use smaller pages"
+                )
+            allocator = PageAllocator(geometry, self._pool)
+            self._allocators[namespace.page_bytes] = allocator
+        space = self._spaces.get(namespace)
+        if space is None:
+            space = self._spaces[namespace] = Space(namespace, allocator, self._clock)
+        space.connections += 1
+        self._connections[name] = _Connection(space)
+        return allocator.geometry
+
+    def connection_lost(self, name: bytes) -> None:
+        """End what the client held: its leases, and its pages that are not published."""
+        connection = self._connections.pop(name)
+        for lease in list(connection.leases):
+            self._end_lease(connection, lease)
+        for reservation in list(connection.reservations):
+            self._drop(connection, reservation, "connection_lost")
+        connection.space.leave()
+        self._forget_unused()
+
+    def lookup(self, name: bytes, lease: int, path: bytes, start: int) -> np.ndarray:
+        """Pin path[:n] and return the pages (int64) of path[start:n]; none: nothing is pinned.
+
+        A use of the path, whether or not it has pages beyond `start`.
+        """
+        connection = self._connections[name]
+        space = connection.space
+        _check_new(connection.leases, lease)
+        match = space.tree.match(path)
+        space.counters.lookups += 1
+        if match.length:
+            space.tree.touch(match)
+        pages = match.pages[start:]
+        if len(pages):
+            connection.leases[lease] = _pin(space, match)
+            space.leases += 1
+            space.counters.hits += 1
+            space.counters.hit_pages += len(pages)
+        return pages
+
+    def release(self, name: bytes, lease: int) -> None:
+        """Unpin; unknown leases (a miss whose reply came late) are ignored."""
+        connection = self._connections[name]
+        if lease in connection.leases:
+            self._end_lease(connection, lease)
+
+    def touch(self, name: bytes, path: bytes) -> None:
+        """A use of `path`."""
+        tree = self._connections[name].space.tree
+        match = tree.match(path)
+        if match.length:
+            tree.touch(match)
+
+    def reserve(self, name: bytes, reservation: int, path: bytes) -> tuple[int, np.ndarray]:
+        """(have, pages): pages (int64, WRITING now) for path[have:], fewer when memory is full.
+
+        Evicts to make room, never what is pinned. path[:have] stays pinned until the end of the
+        reservation, so its parents cannot vanish. No pages: nothing is reserved.
+        """
+        connection = self._connections[name]
+        space = connection.space
+        _check_new(connection.reservations, reservation)
+        match = space.tree.match(path)
+        if match.length:
+            space.tree.touch(match)
+        parents = _pin(space, match)
+        wanted = len(path) // KEY_BYTES - match.length
+        pages = make_room(space, wanted, list(self._spaces.values()), self._pool)
+        space.counters.reservations += 1
+        space.counters.pages_reserved += len(pages)
+        space.counters.pages_short += wanted - len(pages)
+        if len(pages):
+            end = (match.length + len(pages)) * KEY_BYTES
+            writing = _Writing(parents, path[:end], match.length, pages)
+            connection.reservations[reservation] = writing
+            space.reservations += 1
+            space.num_writing += len(pages)
+        else:
+            parents.end()
+        return match.length, pages
+
+    def publish(self, name: bytes, reservation: int) -> None:
+        """The pages are written: WRITING -> READY. Unknown reservations are ignored."""
+        connection = self._connections[name]
+        writing = connection.reservations.get(reservation)
+        if writing is None:
+            return
+        if writing.parents.tree is not connection.space.tree:
+            self._drop(connection, reservation, "flushed")
+            return
+        self._end_reservation(connection, reservation)
+        connection.space.publish(writing.path, writing.pages, writing.have)
+        writing.parents.end()
+
+    def abandon(self, name: bytes, reservation: int) -> None:
+        """The pages will not be written. Unknown reservations are ignored."""
+        connection = self._connections[name]
+        if reservation in connection.reservations:
+            self._drop(connection, reservation, "abandoned")
+
+    def flush(self, name: bytes) -> None:
+        """Forget all pages of the client's namespace."""
+        self._connections[name].space.flush()
+
+    def stats(
+        self, *, epoch: str, uptime_s: float, malformed: int, strays: int, refused: int
+    ) -> Stats:
+        """What is held now and what was counted; the arguments are the server's own."""
+        total = Counters()
+        total.add(self._departed)
+        for space in self._spaces.values():
+            total.add(space.counters)
+        return Stats(
+            epoch=epoch,
+            uptime_s=uptime_s,
+            arena_bytes=self._arena_bytes,
+            slab_bytes=self._pool.slab_bytes,
+            slabs=self._pool.num_slabs,
+            slabs_free=self._pool.num_free,
+            namespaces=[space.stats() for space in self._spaces.values()],
+            total=total,
+            malformed=malformed,
+            strays=strays,
+            refused=refused,
+        )
+
+    def _end_lease(self, connection: _Connection, lease: int) -> None:
+        connection.space.leases -= 1
+        connection.leases.pop(lease).end()
+
+    def _end_reservation(self, connection: _Connection, reservation: int) -> _Writing:
+        writing = connection.reservations.pop(reservation)
+        connection.space.reservations -= 1
+        connection.space.num_writing -= len(writing.pages)
+        return writing
+
+    def _drop(self, connection: _Connection, reservation: int, reason: str) -> None:
+        writing = self._end_reservation(connection, reservation)
+        connection.space.drop(reason, writing.pages)
+        writing.parents.end()
+
+    def _forget_unused(self) -> None:
+        for namespace in [n for n, space in self._spaces.items() if space.is_unused]:
+            self._departed.add(self._spaces.pop(namespace).counters)
+        used = {namespace.page_bytes for namespace in self._spaces}
+        for page_bytes in self._allocators.keys() - used:
+            del self._allocators[page_bytes]
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError if a page is in no state or two, or a count is off. Slow."""
+        spaces = self._spaces.values()
+        for page_bytes, allocator in self._allocators.items():
+            allocator.check_invariants()
+            here = [space for space in spaces if space.namespace.page_bytes == page_bytes]
+            ready = sum(space.num_ready for space in here)
+            assert ready == np.count_nonzero(allocator.states == READY), "ready pages miscounted"
+            writing = sum(space.num_writing for space in here)
+            assert writing == np.count_nonzero(allocator.states == WRITING), "writing miscounted"
+        self._check_slabs()
+        self._check_holdings()
+
+    def _check_slabs(self) -> None:
+        widths = [
+            a.num_slabs * (a.geometry.slab_bytes // self._pool.slab_bytes)
+            for a in self._allocators.values()
+        ]
+        assert sum(widths) + self._pool.num_free == self._pool.num_slabs, "a slab was lost"
+
+    def _check_holdings(self) -> None:
+        connections = self._connections.values()
+        for space in self._spaces.values():
+            mine = [c for c in connections if c.space is space]
+            assert space.connections == len(mine)
+            assert space.leases == sum(len(c.leases) for c in mine)
+            writings = [w for c in mine for w in c.reservations.values()]
+            assert space.reservations == len(writings)
+            assert space.num_writing == sum(len(w.pages) for w in writings)
+            for tree in space.trees():
+                tree.check_invariants()
+                held = [p for c in mine for p in c.leases.values() if p.tree is tree]
+                held += [w.parents for w in writings if w.parents.tree is tree]
+                pins = sum(node.pins for node in tree.nodes())
+                assert pins == sum(pin.node is not None for pin in held), "a pin leaked"
+
+
+def _pin(space: Space, match: Match) -> _Pin:
+    node = match.node if match.length else None
+    if node is not None:
+        space.tree.pin(node)
+    return _Pin(space, space.tree, node)
+
+
+def _check_new(held: dict[int, _Pin] | dict[int, _Writing], id_: int) -> None:
+    if id_ in held:
+        raise ValueError(f"id {id_} is in use on this connection")

@@ -1,0 +1,157 @@
+"""The messages between memory server and clients: msgspec structs as msgpack, never pickle.
+
+Two channels, both in the server's private directory. `life` is a unix SEQPACKET socket: the
+client says `Hello`, the server answers `Welcome` together with the arena's file descriptor,
+and from then on the open socket *is* the client's life: EOF means it died. `control` is a ZMQ
+ROUTER; a client speaks on it under the secret identity it got in `Welcome`.
+
+A lease or a reservation is named by the correlation id of the request that asked for it, so a
+client that gave up waiting can release what it never heard of: the release follows the request
+on the same ordered channel.
+"""
+
+from typing import Annotated, TypeAlias
+
+import msgspec
+import numpy as np
+
+from smg_sglang.memory.arena import PageGeometry
+from smg_sglang.memory.namespace import Namespace
+from smg_sglang.memory.stats import Stats
+
+#: Raised whenever an old client and a new server would misunderstand each other.
+VERSION = 1
+#: Longest message the server reads: a path of four million page keys.
+MAX_MESSAGE_BYTES = 64 << 20
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """First message on `life`."""
+
+    version: int
+    namespace: Namespace
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `Hello`; the arena's file descriptor travels with it (SCM_RIGHTS)."""
+
+    identity: bytes
+    epoch: str
+    arena_bytes: int
+    geometry: PageGeometry
+
+
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Answered by `Ok`: the server is there and has read all that was sent before."""
+
+    id: Count
+
+
+class Lookup(msgspec.Struct, frozen=True, tag=True):
+    """Lease the pages of `path` from page `start` on, as far as they are in memory."""
+
+    id: Count
+    path: bytes
+    start: Count
+
+
+class Release(msgspec.Struct, frozen=True, tag=True):
+    """End the lease of Lookup `lease`; no reply; an unknown lease is not an error."""
+
+    lease: Count
+
+
+class Touch(msgspec.Struct, frozen=True, tag=True):
+    """`path` was used elsewhere (a device hit): keep it young; no reply."""
+
+    path: bytes
+
+
+class Reserve(msgspec.Struct, frozen=True, tag=True):
+    """Pages to write what is not yet in memory of `path`."""
+
+    id: Count
+    path: bytes
+
+
+class Publish(msgspec.Struct, frozen=True, tag=True):
+    """The pages of reservation `reservation` are written; no reply."""
+
+    reservation: Count
+
+
+class Abandon(msgspec.Struct, frozen=True, tag=True):
+    """Give back reservation `reservation` unwritten; no reply; unknown is not an error."""
+
+    reservation: Count
+
+
+class Flush(msgspec.Struct, frozen=True, tag=True):
+    """Forget all pages of the namespace; leased ones live until they are released."""
+
+    id: Count
+
+
+class GetStats(msgspec.Struct, frozen=True, tag=True):
+    """Ask for `StatsReply`."""
+
+    id: Count
+
+
+class Leased(msgspec.Struct, frozen=True, tag=True):
+    """`pages` (int64, little-endian) of path[start:start + n]; empty: a miss, nothing leased."""
+
+    id: int
+    pages: bytes
+
+
+class Reserved(msgspec.Struct, frozen=True, tag=True):
+    """`pages` (int64, little-endian) to write path[have:have + n]; empty: nothing reserved."""
+
+    id: int
+    have: int
+    pages: bytes
+
+
+class Ok(msgspec.Struct, frozen=True, tag=True):
+    """Done."""
+
+    id: int
+
+
+class StatsReply(msgspec.Struct, frozen=True, tag=True):
+    """The server's counters."""
+
+    id: int
+    stats: Stats
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The request cannot be served; `reason` is for people. id 0: the connection is refused."""
+
+    id: int
+    reason: str
+
+
+Question: TypeAlias = Ping | Lookup | Reserve | Flush | GetStats
+Notice: TypeAlias = Release | Touch | Publish | Abandon
+Message: TypeAlias = Question | Notice
+Reply: TypeAlias = Leased | Reserved | Ok | StatsReply | Refused
+
+encode = msgspec.msgpack.Encoder().encode
+decode_message = msgspec.msgpack.Decoder(Message).decode
+decode_reply = msgspec.msgpack.Decoder(Reply).decode
+decode_hello = msgspec.msgpack.Decoder(Hello).decode
+decode_welcome = msgspec.msgpack.Decoder(Welcome | Refused).decode
+
+
+def pack_pages(pages: np.ndarray) -> bytes:
+    """Page numbers (int64[n]) as they travel."""
+    return pages.astype("<i8", copy=False).tobytes()
+
+
+def unpack_pages(data: bytes) -> np.ndarray:
+    """The inverse of `pack_pages`; read-only int64[n]."""
+    return np.frombuffer(data, dtype="<i8").astype(np.int64, copy=False)

@@ -1,0 +1,323 @@
+"""The memory server: a thin shell of sockets around the books."""
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import signal
+import socket
+import time
+
+import msgspec
+import zmq
+
+from smg_sglang.errors import ConfigError
+from smg_sglang.memory import protocol
+from smg_sglang.memory.address import Address, peer_uid
+from smg_sglang.memory.arena import create_memfd
+from smg_sglang.memory.books import Books, PageTooLarge
+from smg_sglang.memory.box import GIB, box_memory
+from smg_sglang.memory.desk import Desk
+from smg_sglang.memory.pretouch import Pretouch
+from smg_sglang.memory.stats import Stats
+
+log = logging.getLogger(__name__)
+
+_BATCH = 64  # control messages handled before the other sockets get a look
+_HELLO_MAX_BYTES = 64 << 10
+_MAX_CLIENTS = 4096
+
+
+class MemoryServer:
+    """Owns the arena and the books; `run` blocks in a poller, so an idle server uses no CPU.
+
+    All methods but `stop` belong to the thread that calls `run`.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        host_bytes: int,
+        *,
+        slab_bytes: int | None = None,
+        pretouch: bool = True,
+    ) -> None:
+        """Raises ConfigError if the size cannot be had or the address is taken."""
+        check_host_bytes(host_bytes)
+        self.address = address
+        self.epoch = secrets.token_hex(8)
+        self.books = Books(host_bytes, slab_bytes)
+        self._host_bytes = host_bytes
+        self._started = time.monotonic()
+        self._malformed = 0
+        self._strays = 0
+        self._refused = 0
+        self._running = True
+        self._clients: dict[int, tuple[socket.socket, bytes]] = {}  # life fd -> socket, identity
+        self._guests: dict[int, socket.socket] = {}  # accepted, no Hello yet
+        self._known: dict[bytes, int] = {}  # identity -> life fd
+        with contextlib.ExitStack() as undo:
+            self._lock = address.claim()
+            undo.callback(os.close, self._lock)
+            self._arena_fd = create_memfd(host_bytes)
+            undo.callback(os.close, self._arena_fd)
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            undo.callback(os.close, self._wake)
+            self._listener = _listen(address)
+            undo.callback(self._listener.close)
+            self._context = zmq.Context(1)
+            undo.callback(self._context.destroy, 0)
+            self._control = _bind(self._context, address)
+            undo.pop_all()
+        self._poller = zmq.Poller()
+        for source in (self._control, self._listener.fileno(), self._wake):
+            self._poller.register(source, zmq.POLLIN)
+        self._stops = {self._wake}
+        self._pretouch = Pretouch(self._arena_fd, host_bytes) if pretouch else None
+        self._desk = Desk(self.books, self.stats)
+
+    def watch(self, fd: int) -> None:
+        """Stop as soon as `fd` is readable or at EOF: the parent's end is closed."""
+        self._stops.add(fd)
+        self._poller.register(fd, zmq.POLLIN)
+
+    def run(self) -> None:
+        """Serve until `stop`; closes everything before it returns."""
+        try:
+            if self._pretouch:
+                self._pretouch.start()
+            while self._running:
+                self._step()
+        finally:
+            self._close()
+
+    def stop(self) -> None:
+        """End `run` soon. From any thread or a signal handler."""
+        os.eventfd_write(self._wake, 1)
+
+    def stats(self) -> Stats:
+        """The books' and the shell's counters."""
+        uptime_s = time.monotonic() - self._started
+        return self.books.stats(
+            epoch=self.epoch,
+            uptime_s=uptime_s,
+            malformed=self._malformed,
+            strays=self._strays,
+            refused=self._refused,
+        )
+
+    def _step(self) -> None:
+        for source, _ in self._poller.poll():
+            if source is self._control:
+                self._serve(_BATCH)
+            elif source == self._listener.fileno():
+                self._accept()
+            elif source in self._clients:
+                self._end(source)
+            elif source in self._guests:
+                self._welcome(source)
+            elif source in self._stops:
+                self._running = False
+
+    # Life lines.
+
+    def _accept(self) -> None:
+        try:
+            guest, _ = self._listener.accept()
+        except OSError as error:  # it gave up again, or we are out of file descriptors
+            log.warning("could not accept a connection: %s", error)
+            time.sleep(0.01 if error.errno in (errno.EMFILE, errno.ENFILE) else 0)
+            return
+        guest.setblocking(False)
+        if peer_uid(guest) != os.getuid():
+            self._refuse(guest, f"user {peer_uid(guest)} may not connect")
+        elif len(self._clients) + len(self._guests) >= _MAX_CLIENTS:
+            self._refuse(guest, f"{_MAX_CLIENTS} clients are connected already")
+        else:
+            self._guests[guest.fileno()] = guest
+            self._poller.register(guest.fileno(), zmq.POLLIN)
+
+    def _welcome(self, fd: int) -> None:
+        guest = self._guests.pop(fd)
+        self._poller.unregister(fd)
+        try:
+            hello = protocol.decode_hello(guest.recv(_HELLO_MAX_BYTES))
+            _check_version(hello.version)
+            identity = b"c" + secrets.token_bytes(16)
+            geometry = self.books.connect(identity, hello.namespace)
+        except (msgspec.MsgspecError, OSError, ConfigError, PageTooLarge) as error:
+            self._refuse(guest, str(error))
+            return
+        self._clients[fd] = (guest, identity)
+        self._known[identity] = fd
+        self._poller.register(fd, zmq.POLLIN)
+        welcome = protocol.Welcome(identity, self.epoch, self._host_bytes, geometry)
+        try:
+            socket.send_fds(guest, [protocol.encode(welcome)], [self._arena_fd])
+        except OSError:
+            self._end(fd)
+
+    def _refuse(self, guest: socket.socket, reason: str) -> None:
+        self._refused += 1
+        log.warning("refused a connection: %s", reason)
+        with contextlib.suppress(OSError):
+            guest.send(protocol.encode(protocol.Refused(0, reason)))
+        guest.close()
+
+    def _end(self, fd: int) -> None:
+        """The life line ended (or broke the silence it promised)."""
+        # What the client sent before it went comes first, as far as it has arrived.
+        while self._serve(_BATCH):
+            pass
+        life, identity = self._clients.pop(fd)
+        self._poller.unregister(fd)
+        del self._known[identity]
+        life.close()
+        self.books.connection_lost(identity)
+
+    # Control messages.
+
+    def _serve(self, limit: int) -> bool:
+        """Handle up to `limit` messages that are here; True if there may be more."""
+        for _ in range(limit):
+            try:
+                frames = self._control.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return False
+            self._handle(frames)
+        return True
+
+    def _handle(self, frames: list[bytes]) -> None:
+        identity, data = frames[0], frames[-1]
+        if identity not in self._known:
+            self._strays += 1  # of a client whose life line ended, or of nobody we know
+            return
+        try:
+            message = protocol.decode_message(_only_payload(frames))
+        except (msgspec.MsgspecError, ValueError) as error:
+            self._drop(str(error), data)
+            return
+        reply = self._answer(identity, message)
+        if reply is not None:
+            with contextlib.suppress(zmq.ZMQError):
+                self._control.send_multipart([identity, protocol.encode(reply)], zmq.DONTWAIT)
+        if self._pretouch:
+            self._pretouch.advance(self.books.high_water_bytes)
+
+    def _answer(self, identity: bytes, message: protocol.Message) -> protocol.Reply | None:
+        try:
+            return self._desk.answer(identity, message)
+        except ValueError as error:
+            self._drop(str(error), protocol.encode(message))
+            reason = str(error)
+        except Exception as error:
+            # A bug of ours must not take everybody's memory down; it is counted and told.
+            log.exception("could not handle a %s", type(message).__name__)
+            self._malformed += 1
+            reason = f"internal error: {error!r}"
+        id_ = getattr(message, "id", None)
+        return None if id_ is None else protocol.Refused(id_, reason)
+
+    def _drop(self, reason: str, data: bytes) -> None:
+        self._malformed += 1
+        # Powers of two: a client gone mad must not fill the disk with log.
+        if self._malformed & (self._malformed - 1) == 0:
+            log.warning("dropped malformed message %d: %s: %r", self._malformed, reason, data[:32])
+
+    def _close(self) -> None:
+        if self._pretouch:
+            self._pretouch.stop()
+        for life, _ in self._clients.values():
+            life.close()
+        for guest in self._guests.values():
+            guest.close()
+        self._listener.close()
+        self._context.destroy(linger=0)
+        self.address.remove_sockets()
+        os.close(self._arena_fd)
+        os.close(self._wake)
+        os.close(self._lock)
+
+
+def run_server(
+    address: Address,
+    host_bytes: int,
+    *,
+    pretouch: bool = True,
+    parent_fd: int | None = None,
+) -> None:
+    """Serve in this process until SIGTERM or SIGINT; blocks. Main thread only.
+
+    With `parent_fd`, one end of the parent's socket pair: tell it when the server is ready, live
+    until its other end closes (however the parent dies), leave SIGINT to the parent (Ctrl-C
+    reaches the whole group) and remove the directory at the end.
+    """
+    server = MemoryServer(address, host_bytes, pretouch=pretouch)
+    signal.signal(signal.SIGTERM, lambda *_: server.stop())
+    if parent_fd is None:
+        signal.signal(signal.SIGINT, lambda *_: server.stop())
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        server.watch(parent_fd)
+        with contextlib.suppress(OSError):
+            os.write(parent_fd, READY)
+    log.info("%.1f GiB of host memory at %s", host_bytes / GIB, address)
+    server.run()
+
+
+#: What an embedded server writes to its parent once it accepts connections.
+READY = b"ready"
+
+
+def check_host_bytes(host_bytes: int) -> None:
+    """Raises ConfigError if this box or container can never have that much; warns if not now."""
+    box = box_memory()
+    if host_bytes < MIN_HOST_BYTES:
+        raise ConfigError(f"host memory of {host_bytes} bytes is too small: give 1 MiB at least")
+    if host_bytes > box.total:
+        raise ConfigError(
+            f"host memory of {host_bytes / GIB:.1f} GiB was asked for, but this machine (or "
+            f"container) has {box.total / GIB:.1f} GiB: lower --host-gb"
+        )
+    if host_bytes > box.available:
+        log.warning(
+            "host memory of %.1f GiB was asked for, but only %.1f GiB are free now",
+            host_bytes / GIB,
+            box.available / GIB,
+        )
+
+
+MIN_HOST_BYTES = 1 << 20
+
+
+def _check_version(version: int) -> None:
+    if version != protocol.VERSION:
+        raise ConfigError(
+            f"the client speaks protocol version {version}, this server {protocol.VERSION}: "
+            "use the same smg_sglang on both sides"
+        )
+
+
+def _only_payload(frames: list[bytes]) -> bytes:
+    if len(frames) != 2:
+        raise ValueError(f"{len(frames)} frames instead of 2")
+    return frames[1]
+
+
+def _listen(address: Address) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.setblocking(False)
+    listener.bind(address.life)
+    os.chmod(address.life, 0o600)
+    listener.listen(128)
+    return listener
+
+
+def _bind(context: zmq.Context[zmq.Socket[bytes]], address: Address) -> zmq.Socket[bytes]:
+    control = context.socket(zmq.ROUTER)
+    control.setsockopt(zmq.LINGER, 0)
+    control.setsockopt(zmq.MAXMSGSIZE, protocol.MAX_MESSAGE_BYTES)
+    control.bind(address.control)
+    os.chmod(address.control.removeprefix("ipc://"), 0o600)
+    return control

@@ -1,0 +1,105 @@
+"""The books of one namespace: its trees, its pages, its counters."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from smg_sglang.memory.namespace import Namespace
+from smg_sglang.memory.slabs import PageAllocator
+from smg_sglang.memory.stats import Counters, NamespaceStats
+from smg_sglang.tree.radix_tree import RadixTree
+
+
+class Space:
+    """One namespace's READY pages are in its tree, or in a retired tree (flushed but leased)."""
+
+    def __init__(
+        self, namespace: Namespace, pages: PageAllocator, clock: Callable[[], float]
+    ) -> None:
+        self.namespace = namespace
+        self.pages = pages
+        self.tree = RadixTree()
+        self.counters = Counters()
+        self.num_writing = 0
+        self.connections = 0
+        self.leases = 0
+        self.reservations = 0
+        self._clock = clock
+        self._left_at = clock()
+        self._retired: list[RadixTree] = []
+
+    @property
+    def num_ready(self) -> int:
+        """Pages that can be read."""
+        return self.tree.num_pages + sum(tree.num_pages for tree in self._retired)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of pages, ready or being written."""
+        return (self.num_ready + self.num_writing) * self.namespace.page_bytes
+
+    @property
+    def is_unused(self) -> bool:
+        """No pages and nobody who could want them."""
+        return not (self.connections or self.num_ready or self.num_writing)
+
+    def deserted_for(self) -> float:
+        """Seconds since the last connection left; 0 while there is one."""
+        return 0.0 if self.connections else self._clock() - self._left_at
+
+    def leave(self) -> None:
+        """A connection is gone."""
+        self.connections -= 1
+        self._left_at = self._clock()
+
+    def evict(self, n: int) -> int:
+        """Free up to `n` pages, least recently used leaves first; pinned ones stay."""
+        freed = self.tree.evict(n)
+        self.pages.give(freed)
+        self.counters.pages_evicted += len(freed)
+        return len(freed)
+
+    def flush(self) -> None:
+        """Start with an empty tree; the old one lives on in what leases and reservations pin."""
+        self.counters.flushes += 1
+        old, self.tree = self.tree, RadixTree()
+        self.counters.drop("flushed", old.num_pages)
+        self._retired.append(old)
+        self.sweep(old)
+
+    def sweep(self, tree: RadixTree) -> None:
+        """Free what nothing pins any more, if `tree` is a retired one."""
+        if tree is self.tree or not any(tree is old for old in self._retired):
+            return
+        self.pages.give(tree.evict(tree.num_pages))
+        if not tree.num_pages:
+            self._retired = [old for old in self._retired if old is not tree]
+
+    def publish(self, path: bytes, pages: np.ndarray, start: int) -> None:
+        """Put written `pages` (of path[start:]) into the tree; what it has already is freed."""
+        duplicates = self.tree.insert(path, pages, start).duplicates
+        self.pages.mark_ready(pages)
+        self.pages.give(duplicates)
+        self.counters.pages_published += len(pages) - len(duplicates)
+        self.counters.drop("duplicate", len(duplicates))
+
+    def drop(self, reason: str, pages: np.ndarray) -> None:
+        """Free `pages` that were never published."""
+        self.pages.give(pages)
+        self.counters.drop(reason, len(pages))
+
+    def stats(self) -> NamespaceStats:
+        """Now."""
+        return NamespaceStats(
+            namespace=self.namespace,
+            pages_ready=self.num_ready,
+            pages_writing=self.num_writing,
+            connections=self.connections,
+            leases=self.leases,
+            reservations=self.reservations,
+            counters=self.counters,
+        )
+
+    def trees(self) -> list[RadixTree]:
+        """The tree and the retired ones, for checks."""
+        return [self.tree, *self._retired]
