@@ -1,0 +1,181 @@
+"""What an operator can choose, with its defaults, and how much host memory the box can spare."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from smg_sglang.errors import ConfigError
+
+GIB = 1 << 30
+#: The share of the memory that is free at start which the host tier takes by default. On a CPU
+#: the device pool and the weights come out of the same DRAM, hence the smaller share.
+DEFAULT_SHARE = {"cuda": 0.5, "cpu": 0.25}
+MIN_HOST_GB = 0.0625
+MAX_PAGE_SIZE = 128
+
+
+class WritePolicy(StrEnum):
+    """When a prefix is copied to host memory.
+
+    write_through: as soon as it is computed; eviction from the device is then free.
+    selective: when it is used a second time.
+    write_back: only when it is evicted from the device.
+    """
+
+    WRITE_THROUGH = "write_through"
+    SELECTIVE = "selective"
+    WRITE_BACK = "write_back"
+
+
+class SmgConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The validated choice of an operator. Times in milliseconds, sizes in GiB.
+
+    `host_gb` is None when the memory server is somebody else's (`memory_address`).
+    """
+
+    host_gb: float | None = None
+    write_policy: WritePolicy = WritePolicy.WRITE_THROUGH
+    memory_address: str | None = None
+    page_size: int = 16
+    lookup_timeout_ms: float = 20.0
+    allow_untested_sglang: bool = False
+
+    def to_builtins(self) -> dict[str, Any]:
+        """Plain values, as shown by `/server_info` and handed to the workers."""
+        result: dict[str, Any] = msgspec.to_builtins(self)
+        return result
+
+
+def make_config(
+    *,
+    host_gb: float | None = None,
+    write_policy: str = WritePolicy.WRITE_THROUGH,
+    memory_address: str | None = None,
+    page_size: int = 16,
+    lookup_timeout_ms: float = 20.0,
+    allow_untested_sglang: bool = False,
+    device: str = "cpu",
+) -> SmgConfig:
+    """Check every value and fill in the default host size.
+
+    Raises:
+        ConfigError: one sentence that says which flag to change.
+    """
+    if write_policy not in list(WritePolicy):
+        raise ConfigError(
+            f"--smg-write-policy must be one of {', '.join(WritePolicy)}, not {write_policy!r}."
+        )
+    if not 1 <= page_size <= MAX_PAGE_SIZE or page_size & (page_size - 1):
+        raise ConfigError(
+            f"--smg-page-size must be a power of two from 1 to {MAX_PAGE_SIZE} tokens, "
+            f"not {page_size}."
+        )
+    if not 0 < lookup_timeout_ms <= 10_000:
+        raise ConfigError(
+            "--smg-lookup-timeout-ms must be above 0 and at most 10000 milliseconds, "
+            f"not {lookup_timeout_ms:g}."
+        )
+    if memory_address is not None:
+        if host_gb is not None:
+            raise ConfigError(
+                "--smg-host-gb sizes a memory server of this server's own; leave it out with "
+                "--smg-memory, and give --host-gb to `python -m smg_sglang memory` instead."
+            )
+        memory_address = check_address(memory_address)
+    else:
+        host_gb = check_host_gb(host_gb, device)
+    return SmgConfig(
+        host_gb=host_gb,
+        write_policy=WritePolicy(write_policy),
+        memory_address=memory_address,
+        page_size=page_size,
+        lookup_timeout_ms=lookup_timeout_ms,
+        allow_untested_sglang=allow_untested_sglang,
+    )
+
+
+def check_address(address: str) -> str:
+    """The directory of a memory server's sockets, given as `ipc://DIR` or `DIR`."""
+    directory = address.removeprefix("ipc://")
+    if "://" in directory or not directory.startswith("/"):
+        raise ConfigError(
+            f"--smg-memory must be ipc:///DIRECTORY or an absolute directory, not {address!r}."
+        )
+    return directory
+
+
+def check_host_gb(host_gb: float | None, device: str) -> float:
+    """The size of an embedded memory server in GiB: as asked for, or the default share."""
+    available = available_bytes() / GIB
+    if host_gb is None:
+        host_gb = round(available * DEFAULT_SHARE.get(device, 0.25), 2)
+        if host_gb < MIN_HOST_GB:
+            raise ConfigError(
+                f"only {available:.2f} GiB of memory is free, too little for a host tier; "
+                "free some, or start without --enable-smg."
+            )
+        return host_gb
+    if not host_gb >= MIN_HOST_GB:  # also refuses NaN
+        raise ConfigError(f"--smg-host-gb must be at least {MIN_HOST_GB} GiB, not {host_gb:g}.")
+    if host_gb > available:
+        raise ConfigError(
+            f"--smg-host-gb {host_gb:g} is more than the {available:.1f} GiB that are free on "
+            "this machine (or in this container); choose a smaller size."
+        )
+    return host_gb
+
+
+def available_bytes() -> int:
+    """Bytes that can still be used: what the machine has free, within the cgroup's limit."""
+    free = int(psutil.virtual_memory().available)
+    limit, used = _cgroup_memory()
+    return free if limit is None else max(0, min(free, limit - used))
+
+
+def _cgroup_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int]:
+    """(limit or None, bytes in use) of this process's memory cgroup, v2 first, then v1."""
+    for limit_file, usage_file in (
+        (root / "memory.max", root / "memory.current"),
+        (root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit = limit_file.read_text().strip()
+            used = int(usage_file.read_text())
+        except (OSError, ValueError):
+            continue
+        # v1 writes a huge number for "no limit".
+        if limit != "max" and int(limit) < 1 << 60:
+            return int(limit), used
+    return None, 0
+
+
+def config_from_env() -> dict[str, Any] | None:
+    """`make_config` arguments from SMG_* variables, for programs that build SGLang's Engine.
+
+    None unless SMG_ENABLE is 1. The names are those of the flags: SMG_HOST_GB for --smg-host-gb.
+    """
+    if os.environ.get("SMG_ENABLE", "0").lower() not in ("1", "true"):
+        return None
+    readers = {
+        "host_gb": float,
+        "write_policy": str,
+        "memory_address": str,
+        "page_size": int,
+        "lookup_timeout_ms": float,
+    }
+    names = {"memory_address": "SMG_MEMORY"}
+    found: dict[str, Any] = {}
+    for field, read in readers.items():
+        name = names.get(field, f"SMG_{field.upper()}")
+        if (text := os.environ.get(name)) is not None:
+            try:
+                found[field] = read(text)
+            except ValueError:
+                raise ConfigError(f"{name} must be a number, not {text!r}.") from None
+    return found

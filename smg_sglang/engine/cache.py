@@ -1,0 +1,147 @@
+"""SGLang's unified radix cache with our policies: the device level of the hierarchical tree.
+
+`SmgRadixCache` comes in through `create_unified_radix_cache(cache_class=...)`, `SmgLinkerWrapper`
+through its `init_cache_linker`. SGLang keeps matching, slots and admission; what differs here is
+when pages are spilled and how a hit below the device is found.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
+    ExternalCacheHitMarker,
+    UnifiedCacheLinker,
+    UnifiedCacheLinkerWrapper,
+)
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from smg_sglang.config import WritePolicy
+from smg_sglang.engine.linker import SmgLinker
+from smg_sglang.tree.page_keys import KEY_BYTES, keys_from_hex
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.base_prefix_cache import MatchResult
+
+    from smg_sglang.engine.host_tier import HostTier
+
+
+#: How often a node is inserted before the tree core asks for its spill. For write-back never: there
+#: `SmgRadixCache` spills on eviction. (The core's own write-back mode needs HiCache's host pool.)
+_HITS_BEFORE_SPILL = {
+    WritePolicy.WRITE_THROUGH: 1,
+    WritePolicy.SELECTIVE: 2,
+    WritePolicy.WRITE_BACK: 1 << 30,
+}
+
+
+class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
+    """Finds tails in the host level and spills nodes there, always by their path from the root."""
+
+    cache: UnifiedRadixCache
+    cache_linker: SmgLinker
+
+    def __init__(self, cache: UnifiedRadixCache, cache_linker: SmgLinker) -> None:
+        super().__init__(cache, cache_linker)
+        self.tier: HostTier = cache_linker.tier
+        cache.write_through_threshold = _HITS_BEFORE_SPILL[self.tier.config.write_policy]
+
+    # ---- match: what lies below the device ----
+
+    def match(self, key: Any, req: Any, result: MatchResult) -> MatchResult:
+        """Extend a device match by the host pages that follow it.
+
+        Every rank comes to the same result: with several ranks the hit is reduced by SGLang's own
+        collective, which all of them enter.
+        """
+        self.hit_markers.pop(req.rid, None)
+        tail = self._tail_hashes(key, result, result.device_prefix_len)
+        if not tail:
+            self.tier.forget(req.rid)
+            return result
+        head = self._path(result.last_device_node) if result.device_prefix_len else b""
+        pages = self.tier.find(req.rid, head + keys_from_hex(tail), len(head) // KEY_BYTES)
+        pages = self._agreed(pages, len(tail))
+        if pages == 0:
+            return result
+        self.hit_markers[req.rid] = ExternalCacheHitMarker(
+            tail_hashes=tail[:pages], device_hit_len=result.device_prefix_len
+        )
+        return result._replace(
+            last_host_node=result.best_match_node,
+            host_hit_length=pages * self.cache.page_size,
+        )
+
+    def _agreed(self, pages: int, tail_pages: int) -> int:
+        if self.cache.tp_world_size == 1:
+            return pages
+        agreed: int = self._sync_restorable_prefix(
+            list(range(1, pages + 1)), num_pages=tail_pages, device_hit_pages=0
+        )
+        return agreed
+
+    def _path(self, node_id: int) -> bytes:
+        core = self.cache.tree_core
+        return keys_from_hex(core.get_prefix_hash_values(node_id) + core.get_hash_values(node_id))
+
+    # ---- offload: a node and what its ancestors lack ----
+
+    def _offload_node(self, node_id: int, transfers: list[Any]) -> None:
+        """Spill a node; its ancestors' slots go along, in case the host level has lost them.
+
+        The lock on the node keeps the whole path on the device until the copy has ended.
+        """
+        lock = self.cache.inc_lock_ref(node_id).to_dec_params()
+        try:
+            self.tier.spill(
+                self._path(node_id),
+                self._path_slots(node_id),
+                self.cache_linker.spill_events(),
+            )
+        except BaseException:
+            self.cache.dec_lock_ref(node_id, lock)
+            raise
+        self.cache.tree_core.mark_external_linker_offload_pending(node_id)
+        self.pending_offloads.append(self._pending(node_id, lock))
+
+    @staticmethod
+    def _pending(node_id: int, lock: Any) -> Any:
+        from sglang.srt.mem_cache.unified_cache.unified_cache_linker import _PendingOffload
+
+        return _PendingOffload(node_id, lock, [node_id])
+
+    def spill_before_eviction(self, node_id: int) -> None:
+        """Write-back: copy a leaf, and what the host level lacks above it, before its slots go."""
+        self.tier.spill_now(self._path(node_id), self._path_slots(node_id))
+
+    def _path_slots(self, node_id: int) -> torch.Tensor:
+        """Device slots int64 of every token on the path from the root."""
+        core = self.cache.tree_core
+        extra_key, _ = core.prefetch_anchor_info(node_id)
+        slots = core.collect_full_device_indices(node_id, core.root_node_handle(extra_key))
+        return slots.to(torch.int64)
+
+    # ---- lifecycle ----
+
+    def release_request(self, rid: str) -> None:
+        super().release_request(rid)
+        self.tier.forget(rid)
+
+
+class SmgRadixCache(UnifiedRadixCache):
+    """The device level. `host_tier` is what `/server_info` and weight updates reach for."""
+
+    @property
+    def host_tier(self) -> HostTier | None:
+        return self.linker.tier if isinstance(self.linker, SmgLinkerWrapper) else None
+
+    def init_cache_linker(self, cache_linker: UnifiedCacheLinker) -> None:
+        assert isinstance(cache_linker, SmgLinker)
+        self.linker = SmgLinkerWrapper(self, cache_linker)
+
+    def _evict_device_leaf(self, node_id: int, tracker: Any) -> Any:
+        tier = self.host_tier
+        if tier is not None and tier.config.write_policy is WritePolicy.WRITE_BACK:
+            self.linker.spill_before_eviction(node_id)
+        return super()._evict_device_leaf(node_id, tracker)

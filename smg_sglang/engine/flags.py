@@ -1,0 +1,222 @@
+"""The `--smg-*` flags: how they are parsed, and what they set in SGLang's own arguments."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from smg_sglang import TESTED_SGLANG
+from smg_sglang.config import SmgConfig, WritePolicy, make_config
+from smg_sglang.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PAGE_SIZE = 16
+#: Where a record of arguments carries our choice: an underscored attribute survives SGLang's
+#: resolution and its pickling to the workers (`ServerArgs.__reduce__`).
+ATTRIBUTE = "_smg"
+
+#: argparse destination -> `make_config` argument
+_FIELDS = {
+    "smg_host_gb": "host_gb",
+    "smg_write_policy": "write_policy",
+    "smg_memory": "memory_address",
+    "smg_page_size": "page_size",
+    "smg_lookup_timeout_ms": "lookup_timeout_ms",
+    "smg_allow_untested_sglang": "allow_untested_sglang",
+}
+
+
+def add_cli_args(parser: argparse.ArgumentParser) -> None:
+    """Add our group to SGLang's parser. All flags exist also where the feature is off."""
+    group = parser.add_argument_group(
+        "smg: KV cache in host memory (smg_sglang)",
+        "A prefix that leaves the device lives on in host memory and is loaded back when it is "
+        "needed again.",
+    )
+    add = group.add_argument
+    add("--enable-smg", action="store_true", help="Keep prefixes in host memory. (default: off)")
+    add(
+        "--smg-host-gb",
+        type=float,
+        metavar="GIB",
+        help="Host memory for KV pages, in GiB. (default: half of the memory that is free at "
+        "start on a GPU machine, a quarter on a CPU one; container limits count; it is printed)",
+    )
+    add(
+        "--smg-write-policy",
+        choices=[policy.value for policy in WritePolicy],
+        help="When a prefix is copied to host memory: as soon as it is computed, on its second "
+        "use, or when the device evicts it. (default: write_through)",
+    )
+    add(
+        "--smg-memory",
+        metavar="ADDRESS",
+        help="Attach to the memory server at ipc:///DIRECTORY, started with `python -m "
+        "smg_sglang memory`, instead of starting one. Servers with the same model share its "
+        "prefixes. (default: start one, and stop it with the server)",
+    )
+    add(
+        "--smg-page-size",
+        type=int,
+        metavar="TOKENS",
+        help="Tokens a page, a power of two from 1 to 128, used where --page-size is not given. "
+        f"(default: {DEFAULT_PAGE_SIZE})",
+    )
+    add(
+        "--smg-lookup-timeout-ms",
+        type=float,
+        metavar="MS",
+        help="The longest that scheduling waits for the memory server, in milliseconds; later "
+        "than that is a miss. (default: 20)",
+    )
+    add(
+        "--smg-allow-untested-sglang",
+        action="store_true",
+        help=f"Try an SGLang other than {', '.join(TESTED_SGLANG)}. (default: refuse)",
+    )
+
+
+def configure_from_cli(server_args: ServerArgs, args: argparse.Namespace) -> None:
+    """Apply the parsed flags; a wrong one ends the process with one sentence and code 2."""
+    given = {name: getattr(args, dest, None) for dest, name in _FIELDS.items()}
+    given = {name: value for name, value in given.items() if value not in (None, False)}
+    if not getattr(args, "enable_smg", False):
+        if given:
+            dests = [dest for dest, name in _FIELDS.items() if name in given]
+            flag = "--" + dests[0].replace("_", "-")
+            refuse(ConfigError(f"{flag} needs --enable-smg; add it."))
+        return
+    try:
+        configure(server_args, given, origin="cli")
+    except ConfigError as error:
+        refuse(error)
+
+
+def refuse(error: ConfigError) -> NoReturn:
+    """End a command line with the one sentence that says what to change."""
+    print(f"smg: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def split_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Split Engine keyword arguments into SGLang's and ours (None where the flag is off).
+
+    Raises:
+        ConfigError: an unknown `smg_*` name, or one without `enable_smg`.
+    """
+    ours = {k: v for k, v in kwargs.items() if k == "enable_smg" or k.startswith("smg_")}
+    theirs = {k: v for k, v in kwargs.items() if k not in ours}
+    enabled = ours.pop("enable_smg", False)
+    unknown = sorted(ours.keys() - _FIELDS.keys())
+    if unknown:
+        raise ConfigError(f"unknown argument {unknown[0]!r}; there are: {', '.join(_FIELDS)}.")
+    if not enabled:
+        if ours:
+            raise ConfigError(f"{min(ours)} needs enable_smg=True; add it.")
+        return theirs, None
+    return theirs, {_FIELDS[name]: value for name, value in ours.items() if value is not None}
+
+
+def configure(server_args: ServerArgs, given: Mapping[str, Any], origin: str) -> SmgConfig:
+    """Check everything that can be checked before anything starts, then set SGLang's fields.
+
+    Called in the main process before SGLang resolves its arguments.
+
+    Raises:
+        ConfigError: one sentence that says what to change.
+    """
+    given = dict(given)
+    given.setdefault("page_size", server_args.page_size or DEFAULT_PAGE_SIZE)
+    config = make_config(**given, device=_device_kind(server_args))
+    _refuse_untested_sglang(config)
+    _refuse_flags(server_args)
+    if server_args.page_size is None:
+        server_args.page_size = config.page_size
+    server_args.enable_unified_cache_external_linker = True
+    server_args.unified_cache_external_linker_backend = "dynamic"
+    # Also what /server_info shows as our configuration.
+    server_args.unified_cache_external_linker_config = {
+        "linker": "SmgLinker",
+        "linker_module_path": "smg_sglang.engine.linker",
+        "linker_extra_config": config.to_builtins(),
+    }
+    setattr(server_args, ATTRIBUTE, {"origin": origin, "config": config.to_builtins()})
+    return config
+
+
+def is_enabled(server_args: Any) -> bool:
+    """Whether this record of arguments asked for the host tier."""
+    return getattr(server_args, ATTRIBUTE, None) is not None
+
+
+def _device_kind(server_args: ServerArgs) -> str:
+    if server_args.device is not None:
+        return str(server_args.device).split(":", 1)[0]
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _refuse_untested_sglang(config: SmgConfig) -> None:
+    import sglang
+
+    if sglang.__version__ in TESTED_SGLANG:
+        return
+    tested = ", ".join(TESTED_SGLANG)
+    if not config.allow_untested_sglang:
+        raise ConfigError(
+            f"SGLang {sglang.__version__} was not tested with smg_sglang; install sglang=={tested} "
+            "or try yours with --smg-allow-untested-sglang."
+        )
+    logger.warning("SGLang %s was not tested with smg_sglang (%s was).", sglang.__version__, tested)
+
+
+def _refuse_flags(args: ServerArgs) -> None:
+    """Refuse what cannot be combined with the host tier."""
+    conflicts = [
+        (args.enable_hierarchical_cache, "--enable-hierarchical-cache"),
+        (args.hicache_storage_backend is not None, "--hicache-storage-backend"),
+        (args.enable_lmcache, "--enable-lmcache"),
+        (args.enable_flexkv, "--enable-flexkv"),
+        (
+            args.enable_unified_cache_external_linker,
+            "--enable-unified-cache-external-linker",
+        ),
+        (args.radix_cache_backend is not None, "--radix-cache-backend"),
+        (args.disable_radix_cache, "--disable-radix-cache"),
+        (args.pp_size > 1, "--pp-size above 1"),
+        (args.disaggregation_mode not in (None, "null"), "--disaggregation-mode"),
+        (args.speculative_algorithm is not None, "--speculative-algorithm"),
+    ]
+    for found, flag in conflicts:
+        if found:
+            raise ConfigError(f"--enable-smg cannot be combined with {flag}; drop one of the two.")
+
+
+def refuse_model(server_args: ServerArgs) -> None:
+    """Refuse a model whose state is more than KV pages, before any process is started.
+
+    Raises:
+        ConfigError: for sliding-window and Mamba hybrids.
+    """
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
+
+    model = model_config_of(server_args)
+    if model.is_hybrid_swa:
+        kind = "sliding-window"
+    elif uses_ssm_state(model):
+        kind = "Mamba and linear-attention"
+    else:
+        return
+    raise ConfigError(
+        f"{kind} hybrid models ({', '.join(model.hf_config.architectures)}) are not supported "
+        "by --enable-smg yet; start without it."
+    )

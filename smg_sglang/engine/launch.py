@@ -1,0 +1,66 @@
+"""The memory server of a server that brings its own: started before the workers, stopped after."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from smg_sglang.config import SmgConfig
+from smg_sglang.engine.flags import ATTRIBUTE, refuse, refuse_model
+from smg_sglang.errors import ConfigError
+
+if TYPE_CHECKING:
+    from smg_sglang.memory.process import MemoryProcess
+
+logger = logging.getLogger(__name__)
+
+#: The memory servers that this process started. SGLang's Engine is a class method away from any
+#: instance when it launches its workers, so the handle cannot live on the instance.
+_running: list[MemoryProcess] = []
+
+
+def check_model(server_args: Any) -> None:
+    """Refuse an unsupported model; on a command line with one sentence and code 2."""
+    choice = getattr(server_args, ATTRIBUTE, None)
+    if choice is None:
+        return
+    try:
+        refuse_model(server_args)
+    except ConfigError as error:
+        if choice["origin"] == "cli":
+            refuse(error)
+        raise
+
+
+def start_memory(server_args: Any) -> None:
+    """Start the embedded memory server, or name the one to attach to. Main process only.
+
+    Writes the address into the record, which the workers receive pickled.
+    """
+    choice = getattr(server_args, ATTRIBUTE, None)
+    if choice is None or "address" in choice:
+        return
+    config = SmgConfig(**choice["config"])
+    if config.memory_address is not None:
+        choice["address"] = config.memory_address
+        logger.info("smg: attaching to the memory server at %s", config.memory_address)
+        return
+    from smg_sglang.config import GIB
+    from smg_sglang.memory.process import MemoryProcess
+
+    assert config.host_gb is not None
+    process = MemoryProcess.start(host_bytes=int(config.host_gb * GIB))
+    _running.append(process)
+    choice["address"] = process.address
+    logger.info(
+        "smg: %.2f GiB of host memory for KV pages, write policy %s, memory server at %s",
+        config.host_gb,
+        config.write_policy,
+        process.address,
+    )
+
+
+def stop_memory() -> None:
+    """Stop every memory server this process started; idempotent."""
+    while _running:
+        _running.pop().stop()

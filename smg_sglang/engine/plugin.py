@@ -1,0 +1,134 @@
+"""The entry point that SGLang calls in each of its processes, and every hook we set.
+
+Nothing here has an effect until `--enable-smg` is given: each hook looks for our mark on the
+arguments first. Hooks are the seams SGLang 0.5.23 lacks; `patches/` has their upstream form.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from smg_sglang.engine import flags, launch
+
+
+def register() -> None:
+    """Register our hooks, and the CPU attention backend, with this SGLang process.
+
+    Called by SGLang's `load_plugins()` before arguments are parsed, in the main process and again
+    in each scheduler, detokenizer and controller process.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def hook(target: str, function: Callable[..., Any], kind: HookType) -> None:
+        HookRegistry.register(f"sglang.srt.{target}", function, kind)
+
+    hook("server_args.ServerArgs.add_cli_args", _after_add_cli_args, HookType.AFTER)
+    hook("server_args.ServerArgs.from_cli_args", _after_from_cli_args, HookType.AFTER)
+    hook("server_args.ServerArgs.resolve_once", _before_resolve_once, HookType.BEFORE)
+    hook("server_args.ServerArgs.check_server_args", _after_check, HookType.AFTER)
+    # The detokenizer and the controller import neither of these modules; hooking them there would.
+    if "sglang.srt.entrypoints.engine" in sys.modules:
+        engine = "entrypoints.engine.Engine"
+        hook(f"{engine}._launch_scheduler_processes", _around_launch, HookType.AROUND)
+        hook(f"{engine}.shutdown", _before_shutdown, HookType.BEFORE)
+    if "sglang.srt.managers.scheduler" in sys.modules:
+        _register_worker_hooks(hook, HookType)
+    _register_attention()
+
+
+def _register_worker_hooks(hook: Callable[..., None], kind: Any) -> None:
+    hook("mem_cache.registry.create_unified_radix_cache", _around_create_cache, kind.AROUND)
+    parts = "managers.scheduler_components"
+    hook(
+        f"{parts}.internal_state.SchedulerInternalStateController.get_internal_state",
+        _after_internal_state,
+        kind.AFTER,
+    )
+    hook(
+        "managers.schedule_batch.ScheduleBatch.prepare_for_extend",
+        _around_prepare_for_extend,
+        kind.AROUND,
+    )
+    for source in ("disk", "distributed", "tensor", "ipc"):
+        hook(
+            f"{parts}.weight_updater.SchedulerWeightUpdaterManager.update_weights_from_{source}",
+            _before_weight_update,
+            kind.BEFORE,
+        )
+
+
+def _register_attention() -> None:
+    from smg_sglang.engine import attention_backend
+
+    attention_backend.register()
+
+
+def _after_add_cli_args(result: Any, parser: Any, *args: Any, **kwargs: Any) -> None:
+    flags.add_cli_args(parser)
+
+
+def _after_from_cli_args(result: Any, cls: Any, args: Any) -> None:
+    flags.configure_from_cli(result, args)
+
+
+def _before_resolve_once(server_args: Any) -> None:
+    """Programs that build SGLang's own Engine choose by environment: SMG_ENABLE=1."""
+    from smg_sglang.config import config_from_env
+
+    if flags.is_enabled(server_args) or getattr(server_args, "_resolution_finished", False):
+        return
+    given = config_from_env()
+    if given is not None:
+        flags.configure(server_args, given, origin="environment")
+
+
+def _after_check(result: Any, server_args: Any) -> None:
+    launch.check_model(server_args)
+
+
+def _around_launch(
+    original: Callable[..., Any], cls: Any, server_args: Any, *args: Any, **kw: Any
+) -> Any:
+    launch.start_memory(server_args)
+    return original(cls, server_args, *args, **kw)
+
+
+def _before_shutdown(engine: Any, *args: Any, **kwargs: Any) -> None:
+    launch.stop_memory()
+
+
+def _around_create_cache(original: Callable[..., Any], ctx: Any, **kwargs: Any) -> Any:
+    if flags.is_enabled(ctx.server_args):
+        from smg_sglang.engine.cache import SmgRadixCache
+
+        kwargs["cache_class"] = SmgRadixCache
+    return original(ctx, **kwargs)
+
+
+def _after_internal_state(result: Any, component: Any, *args: Any) -> None:
+    tier = getattr(component.scheduler.tree_cache, "host_tier", None)
+    if tier is not None:
+        result.internal_state["smg"] = tier.state()
+
+
+def _before_weight_update(component: Any, *args: Any, **kwargs: Any) -> None:
+    tier = getattr(component.scheduler.tree_cache, "host_tier", None)
+    if tier is not None:
+        tier.weights_changed()
+
+
+def _around_prepare_for_extend(
+    original: Callable[..., Any], batch: Any, *args: Any, **kw: Any
+) -> Any:
+    """Count the prompt tokens of requests admitted for the first time, and their device hits."""
+    tier = getattr(batch.tree_cache, "host_tier", None)
+    if tier is None:
+        return original(batch, *args, **kw)
+    new = [req for req in batch.reqs if not req._cache_breakdown_computed]
+    result = original(batch, *args, **kw)
+    for req in new:
+        tier.counters.prompt_tokens += len(req.origin_input_ids)
+        tier.counters.hit_tokens["device"] += req.cached_tokens_device
+    return result

@@ -1,0 +1,129 @@
+"""The `smg:` series of `/metrics`, and the plain counters they are made from.
+
+The counters are plain integers and floats: each has one writing thread, so the scheduler's path
+takes no lock. `TierMetrics` turns them into Prometheus series from a background thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+#: seconds; a lookup is bounded by --smg-lookup-timeout-ms (20 ms by default)
+LOOKUP_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 1.0)
+PUBLISH_EVERY_S = 2.0
+
+
+@dataclass
+class TierCounters:
+    """What one worker has seen of the host tier since it started.
+
+    Scheduler thread: hit_tokens, lookups, lookup_seconds. Loader thread: loaded_*. Spill thread:
+    spilled_*. `dropped_pages` is by reason: full, unavailable, staging, error.
+    """
+
+    hit_tokens: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    lookups: Counter[str] = field(default_factory=Counter)
+    dropped_pages: Counter[str] = field(default_factory=Counter)
+
+    def snapshot(self) -> dict[str, dict[str, float]]:
+        """The labelled counters as plain dictionaries."""
+        return {
+            "hit_tokens": dict(self.hit_tokens),
+            "lookups": dict(self.lookups),
+            "dropped_pages": dict(self.dropped_pages),
+        }
+
+
+#: name -> (kind, help, label or None); a series appears with its first value.
+_SERIES: dict[str, tuple[str, str, str | None]] = {
+    "smg:hit_tokens": ("counter", "Prompt tokens found in a cache tier.", "tier"),
+    "smg:prompt_tokens": ("counter", "Prompt tokens of admitted requests.", None),
+    "smg:lookups": ("counter", "Lookups in host memory by result.", "result"),
+    "smg:dropped_pages": ("counter", "Pages that were not kept in host memory.", "reason"),
+    "smg:spilled_bytes": ("counter", "Bytes copied from the device to host memory.", None),
+    "smg:spill_seconds": ("counter", "Seconds spent copying to host memory.", None),
+    "smg:loaded_bytes": ("counter", "Bytes loaded back from host memory to the device.", None),
+    "smg:load_seconds": ("counter", "Seconds spent loading back from host memory.", None),
+    "smg:host_pages": ("gauge", "Pages of the memory server by state.", "state"),
+    "smg:host_bytes": ("gauge", "Size of the memory server's page memory in bytes.", None),
+    "smg:leases": ("gauge", "Leases that pin host pages, over all servers attached.", None),
+    "smg:evicted_pages": ("gauge", "Pages the memory server evicted since it started.", None),
+    "smg:memory_connected": ("gauge", "1 while the memory server answers, else 0.", None),
+}
+
+Reading = Mapping[str, float | Mapping[str, float]]
+
+
+class TierMetrics:
+    """Publishes readings as Prometheus series from a thread of its own.
+
+    Create it in the worker process after SGLang has set PROMETHEUS_MULTIPROC_DIR.
+    `read` is called in the publishing thread and returns the current value of each series of
+    `_SERIES`: a number, or numbers by label value. Counters are absolute readings.
+    """
+
+    def __init__(self, labels: Mapping[str, str], read: Callable[[], Reading]) -> None:
+        from prometheus_client import Histogram
+
+        self._labels = dict(labels)
+        self._read = read
+        self._series: dict[str, Any] = {}
+        self._published: dict[tuple[str, str], float] = {}
+        histogram = Histogram(
+            "smg:lookup_seconds",
+            "Seconds the scheduler waited for a lookup in host memory.",
+            labelnames=list(self._labels),
+            buckets=LOOKUP_BUCKETS,
+        )
+        self.observe_lookup: Callable[[float], None] = histogram.labels(**self._labels).observe
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="smg-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop publishing; idempotent."""
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while not self._stop.wait(PUBLISH_EVERY_S):
+            self.publish()
+
+    def publish(self) -> None:
+        """Bring every series up to the current reading."""
+        for name, value in self._read().items():
+            if isinstance(value, Mapping):
+                for label, number in value.items():
+                    self._set(name, label, number)
+            else:
+                self._set(name, "", value)
+
+    def _set(self, name: str, label: str, value: float) -> None:
+        kind, _, label_name = _SERIES[name]
+        labels = self._labels | ({label_name: label} if label_name else {})
+        series = self._get(name).labels(**labels)
+        if kind == "gauge":
+            series.set(value)
+            return
+        grown = value - self._published.get((name, label), 0.0)
+        self._published[name, label] = value
+        if grown > 0:
+            series.inc(grown)
+
+    def _get(self, name: str) -> Any:
+        from prometheus_client import Counter as PrometheusCounter
+        from prometheus_client import Gauge
+
+        if name not in self._series:
+            kind, text, label = _SERIES[name]
+            names = [*self._labels, label] if label else list(self._labels)
+            if kind == "gauge":
+                self._series[name] = Gauge(name, text, names, multiprocess_mode="mostrecent")
+            else:
+                self._series[name] = PrometheusCounter(name, text, names)
+        return self._series[name]
