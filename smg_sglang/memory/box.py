@@ -1,9 +1,15 @@
 """How much memory this machine, or the container we are in, has."""
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
+from smg_sglang.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
 GIB = 1 << 30
+MIN_HOST_BYTES = 1 << 20
 
 
 class BoxMemory(NamedTuple):
@@ -21,6 +27,28 @@ def box_memory(root: Path = Path("/")) -> BoxMemory:
         total = min(total, limit)
         available = min(available, max(0, limit - used))
     return BoxMemory(total, available)
+
+
+def check_host_bytes(host_bytes: int) -> None:
+    """Raises ConfigError if this box or container can never have that much; warns if not now.
+
+    Only a warning, because a server that is restarted may find its predecessor's arena still in
+    use by leases, which end soon.
+    """
+    box = box_memory()
+    if host_bytes < MIN_HOST_BYTES:
+        raise ConfigError(f"host memory of {host_bytes} bytes is too small: give 1 MiB at least")
+    if host_bytes > box.total:
+        raise ConfigError(
+            f"host memory of {host_bytes / GIB:.1f} GiB was asked for, but this machine (or "
+            f"container) has {box.total / GIB:.1f} GiB: lower --host-gb"
+        )
+    if host_bytes > box.available:
+        log.warning(
+            "host memory of %.1f GiB was asked for, but only %.1f GiB are free now",
+            host_bytes / GIB,
+            box.available / GIB,
+        )
 
 
 def _meminfo(root: Path) -> dict[str, int]:

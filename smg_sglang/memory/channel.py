@@ -62,7 +62,18 @@ class Channel:
 
     @property
     def stalled(self) -> bool:
-        """True from a timeout until the server is heard again; a question would fail at once."""
+        """True from a timeout until the server is heard again: a question would fail at once.
+
+        Cheap while all is well; looks for a late reply (without waiting) while not.
+        """
+        if self._breaker.stalled and not self._dead and self._lock.acquire(blocking=False):
+            try:
+                self._recovers()
+            except zmq.ZMQError as error:
+                log.debug("cannot listen to the memory server: %s", error)
+            finally:
+                self._lock.release()
+                self._flush()
         return self._breaker.stalled
 
     def fileno(self) -> int:
@@ -133,15 +144,18 @@ class Channel:
     def _admit(self) -> None:
         if self._dead:
             raise MemoryUnavailable("the memory server is gone")
-        if not self._breaker.stalled:
-            return
+        if self._breaker.stalled and not self._recovers():
+            raise MemoryUnavailable("the memory server does not answer")
+
+    def _recovers(self) -> bool:
+        """Whether a stalled server may be asked again; with the lock held. Never waits."""
         while self._socket.poll(0):
             self._receive()
         if self._breaker.try_close():
-            return
+            return True
         if self._breaker.take_ping():
             self._socket.send(protocol.encode(protocol.Ping(self.next_id())), zmq.DONTWAIT)
-        raise MemoryUnavailable("the memory server does not answer")
+        return False
 
     def _await(self, wanted: int, deadline: float, timeout_s: float) -> protocol.Reply:
         while True:

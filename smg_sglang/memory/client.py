@@ -42,6 +42,11 @@ class Lease:
         """Byte offsets of the pages in `arena.buffer`, int64[n]."""
         return self.geometry.offsets(self.pages)
 
+    @property
+    def held(self) -> bool:
+        """Whether the server that granted it is still there. Without it the bytes stay, too."""
+        return self._channel.alive
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Reservation:

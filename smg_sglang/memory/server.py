@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import time
@@ -17,7 +18,7 @@ from smg_sglang.memory import protocol
 from smg_sglang.memory.address import Address, peer_uid
 from smg_sglang.memory.arena import create_memfd
 from smg_sglang.memory.books import Books, PageTooLarge
-from smg_sglang.memory.box import GIB, box_memory
+from smg_sglang.memory.box import GIB, check_host_bytes
 from smg_sglang.memory.desk import Desk
 from smg_sglang.memory.pretouch import Pretouch
 from smg_sglang.memory.stats import Stats
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 _BATCH = 64  # control messages handled before the other sockets get a look
 _HELLO_MAX_BYTES = 64 << 10
 _MAX_CLIENTS = 4096
+
+#: What an embedded server writes to its parent once it accepts connections.
+READY = b"ready"
 
 
 class MemoryServer:
@@ -257,38 +261,15 @@ def run_server(
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     if parent_fd is None:
         signal.signal(signal.SIGINT, lambda *_: server.stop())
-    else:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        server.watch(parent_fd)
-        with contextlib.suppress(OSError):
-            os.write(parent_fd, READY)
-    log.info("%.1f GiB of host memory at %s", host_bytes / GIB, address)
+        log.info("%.2f GiB of host memory, address %s", host_bytes / GIB, address)
+        server.run()
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    server.watch(parent_fd)
+    with contextlib.suppress(OSError):
+        os.write(parent_fd, READY)
     server.run()
-
-
-#: What an embedded server writes to its parent once it accepts connections.
-READY = b"ready"
-
-
-def check_host_bytes(host_bytes: int) -> None:
-    """Raises ConfigError if this box or container can never have that much; warns if not now."""
-    box = box_memory()
-    if host_bytes < MIN_HOST_BYTES:
-        raise ConfigError(f"host memory of {host_bytes} bytes is too small: give 1 MiB at least")
-    if host_bytes > box.total:
-        raise ConfigError(
-            f"host memory of {host_bytes / GIB:.1f} GiB was asked for, but this machine (or "
-            f"container) has {box.total / GIB:.1f} GiB: lower --host-gb"
-        )
-    if host_bytes > box.available:
-        log.warning(
-            "host memory of %.1f GiB was asked for, but only %.1f GiB are free now",
-            host_bytes / GIB,
-            box.available / GIB,
-        )
-
-
-MIN_HOST_BYTES = 1 << 20
+    shutil.rmtree(address.directory, ignore_errors=True)
 
 
 def _check_version(version: int) -> None:

@@ -1,0 +1,68 @@
+"""`python -m smg_sglang memory`: a memory server of its own."""
+
+import argparse
+import logging
+import math
+import sys
+
+from smg_sglang.errors import ConfigError
+from smg_sglang.memory.address import Address
+from smg_sglang.memory.box import GIB, box_memory
+from smg_sglang.memory.server import run_server
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run until SIGTERM or SIGINT; returns the exit code: 2 for a wrong choice, in one sentence."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=options.log_level.upper(), format="[%(asctime)s] smg memory: %(message)s"
+    )
+    try:
+        address = Address.parse(options.address) if options.address else Address.default()
+        run_server(
+            address,
+            _host_bytes(options.host_gb),
+            pretouch=not options.no_pretouch,
+            parent_fd=options.parent_fd,
+        )
+    except ConfigError as error:
+        print(f"smg_sglang memory: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _host_bytes(host_gb: float) -> int:
+    if not math.isfinite(host_gb) or host_gb <= 0:
+        raise ConfigError(f"--host-gb must be a positive number of GiB, not {host_gb}")
+    return int(host_gb * GIB)
+
+
+def _parser() -> argparse.ArgumentParser:
+    default_gb = round(box_memory().available / GIB / 2, 2)
+    parser = argparse.ArgumentParser(
+        prog="python -m smg_sglang memory",
+        description="Keep KV pages in host memory for the SGLang servers of this user on this "
+        "machine. Point them here with --smg-memory ADDRESS.",
+    )
+    parser.add_argument(
+        "--host-gb",
+        type=float,
+        default=default_gb,
+        metavar="GIB",
+        help="host memory for pages, in GiB (default: half of what is free, now %(default)s)",
+    )
+    parser.add_argument(
+        "--address",
+        metavar="DIR",
+        help=f"private directory for its sockets, ipc://DIR or DIR (default: {Address.default()})",
+    )
+    parser.add_argument(
+        "--no-pretouch",
+        action="store_true",
+        help="do not prepare memory before it is used; the first spills are slower",
+    )
+    parser.add_argument(
+        "--log-level", choices=["debug", "info", "warning", "error"], default="info"
+    )
+    parser.add_argument("--parent-fd", type=int, help=argparse.SUPPRESS)
+    return parser
