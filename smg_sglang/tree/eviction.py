@@ -62,8 +62,9 @@ class EvictionQueue:
 
     An entry is put right when it comes up, which works because ranks never fall. Each node has
     at most one entry, so the heap is never larger than the tree and a use costs it nothing;
-    whoever makes a node evictable `offer`s it. When a quarter of the entries come up stale in
+    whoever makes a node evictable `offer`s it. When a sixteenth of the entries come up stale in
     one search, all are ranked anew at once, which is several times cheaper than one by one.
+    That is the worst search there is: O(n), after that many uses without an eviction.
     """
 
     def __init__(self, policy: EvictionPolicy):
@@ -95,7 +96,7 @@ class EvictionQueue:
             elif (current := self.policy.rank(node)) != rank:
                 heapreplace(entries, (current, offer, node))
                 stale += 1
-                if stale > _SMALL and stale * 4 > len(entries):
+                if stale > _SMALL and stale * 16 > len(entries):
                     self._rebuild()
                     stale = 0
             else:
@@ -115,8 +116,9 @@ class EvictionQueue:
         rank = self.policy.rank
         kept = []
         for _, offer, node in self._entries:
-            node.queued = node.evictable
-            if node.queued:
+            if node.evictable:
                 kept.append((rank(node), offer, node))
+            else:
+                node.queued = False
         heapify(kept)
-        self._entries = kept
+        self._entries[:] = kept

@@ -97,6 +97,8 @@ class RadixTree:
                 node = self._split(node, within)
             node = self._grow(node, path[KEY_BYTES * known :], given[taken:])
         self._use(node)
+        # Only now: offered before its first use, every entry would be stale from the start.
+        self._queue.offer(node)
         return Inserted(node, given[:taken])
 
     def pin(self, node: Node) -> None:
@@ -196,7 +198,6 @@ class RadixTree:
         node = Node(keys, pages, parent, self._clock)
         parent.children[node.first_key()] = node
         self._num_pages += len(pages)
-        self._queue.offer(node)
         return node
 
     def _split(self, lower: Node, at: int) -> Node:
