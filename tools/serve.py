@@ -81,7 +81,9 @@ class Foreground:
         """Announces `url` when it is healthy, then waits; the server's exit status, 0 if asked."""
         self._announce_when_ready(url)
         status = self._server.wait()
-        return 0 if self._stopping else status
+        if self._stopping:
+            return 0
+        return status if status >= 0 else 128 - status  # killed by a signal: as shells say it
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self._stopping:
@@ -102,7 +104,7 @@ READY = """
 Ready on {url} -- Ctrl-C stops it. Try, in another terminal:
 
   curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{
-    "model": "demo", "max_tokens": 40,
+    "model": "demo", "max_tokens": 40, "temperature": 0,
     "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
 """
 
