@@ -8,7 +8,7 @@ from smg_sglang.memory.arena import PageGeometry
 
 DEFAULT_SLAB_BYTES = 64 << 20
 _GRAIN = 4096  # slabs start on memory pages
-_MAX_WIDTH = 8
+_MAX_WIDTH = 16
 _WASTE_SHARE = 16  # a slab may waste 1/16 of its bytes at its end
 
 FREE, WRITING, READY = 0, 1, 2
@@ -62,7 +62,7 @@ class SlabPool:
         widths = range(1, min(_MAX_WIDTH, self.num_slabs) + 1)
         fitting = [w for w in widths if w * self.slab_bytes >= page_bytes]
         if not fitting:
-            # One page alone is wider than eight slabs: as many as it takes.
+            # One page alone is wider than that: as many as it takes.
             width = -(-page_bytes // self.slab_bytes)
             fitting = [width] if width <= self.num_slabs else []
         if not fitting:

@@ -1,0 +1,69 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from smg_sglang.errors import ConfigError
+from smg_sglang.memory.address import Address
+from smg_sglang.memory.cli import main
+from smg_sglang.memory.client import MemoryConnection
+
+from .world import eventually, make_namespace
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "1000000000"])
+def test_a_wrong_size_ends_with_one_sentence_and_code_2(size, directory, capsys):
+    assert main(["--host-gb", size, "--address", directory]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--host-gb" in error
+
+
+@pytest.mark.parametrize("address", ["tcp://1.2.3.4:5", "/" + "x" * 120])
+def test_a_wrong_address_ends_with_one_sentence_and_code_2(address, capsys):
+    assert main(["--host-gb", "0.01", "--address", address]) == 2
+    assert "memory address" in capsys.readouterr().err
+
+
+def test_the_command_serves_until_it_is_told_to_stop(directory):
+    command = [sys.executable, "-m", "smg_sglang", "memory", "--host-gb", "0.01"]
+    with subprocess.Popen([*command, "--address", f"ipc://{directory}/new"]) as server:
+        eventually(lambda: os.path.exists(f"{directory}/new/control"), 10)
+        connection = MemoryConnection.open(f"{directory}/new", make_namespace(), 10)
+        second = subprocess.run(
+            [*command, "--address", f"{directory}/new"], capture_output=True, text=True, check=False
+        )
+        assert second.returncode == 2
+        assert f"pid {server.pid}" in second.stderr and "Traceback" not in second.stderr
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(10) == 0
+    assert not connection.alive
+    connection.close()
+
+
+def test_help_names_units(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert "GiB" in capsys.readouterr().out
+
+
+def test_the_server_needs_neither_torch_nor_sglang():
+    code = "import sys, smg_sglang.memory.cli; print({'torch', 'sglang'} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "set()\n"
+
+
+def test_addresses_with_and_without_scheme_are_the_same():
+    assert Address.parse("ipc:///run/x") == Address.parse("/run/x")
+    assert str(Address.parse("/run/x")) == "ipc:///run/x"
+    with pytest.raises(ConfigError):
+        Address.parse("")
+
+
+def test_the_default_address_is_this_users(monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+    assert Address.default().directory == f"/run/user/7/smg-{os.getuid()}/memory"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert Address.default().directory.startswith("/tmp/")
