@@ -7,7 +7,7 @@ ARGS ?=
 MODEL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-gpu bench bench-gpu lint model clean distclean
+.PHONY: help serve test test-gpu bench bench-tree bench-transfer bench-gpu lint model clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -25,8 +25,14 @@ test-gpu: $(VENV)/.ready ## only what needs a CUDA device; ARGS="pytest flags"
 bench: $(VENV)/.ready ## stock SGLang and ours on the same workloads: table, JSON, PNG; ARGS="flags"
 	@$(RUN) -m bench $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
 
-bench-gpu: $(VENV)/.ready ## the transfer benchmark on a CUDA device
-	@$(RUN) -m bench.gpu $(ARGS)
+bench-tree: $(VENV)/.ready ## our radix tree beside SGLang's two; ARGS="flags"
+	@$(RUN) bench/tree.py $(ARGS)
+
+bench-transfer: $(VENV)/.ready ## how fast pages move between device pool and host memory; ARGS="flags"
+	@$(RUN) bench/transfer.py $(ARGS)
+
+bench-gpu: $(VENV)/.ready ## the same on a CUDA device
+	@$(RUN) bench/transfer.py --device cuda $(ARGS)
 
 lint: $(VENV)/.ready ## formatting, lint, types and import layers
 	@$(VENV)/bin/ruff format --check --quiet . || { $(VENV)/bin/ruff format --check .; exit 1; }

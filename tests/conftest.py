@@ -39,6 +39,11 @@ def tiny_model_bf16() -> Path:
     return random_llama(Recipe(dtype="bfloat16"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # SWIG modules of sentencepiece and the like; one comes after pytest's own last line.
+    config.addinivalue_line("filterwarnings", "ignore:builtin type:DeprecationWarning")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks by folder, and runs what is fast first: unit tests, then tests/e2e, then tests/gpu."""
     for item in items:
