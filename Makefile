@@ -10,7 +10,7 @@ MODEL ?=
 .PHONY: help serve test test-gpu bench bench-tree bench-transfer bench-gpu lint model clean distclean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 serve: $(VENV)/.ready ## a server with --enable-smg on 127.0.0.1:30000; MODEL=path, ARGS="server flags"
 	@$(RUN) -m tools.serve $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
