@@ -13,7 +13,11 @@ from smg_sglang.transfer.mover import Mark
 
 
 class LoadBatch:
-    """The layers of one batch; `land` is called by who loads, the waits by who reads."""
+    """The layers of one batch; `land` is called by who loads, the waits by who reads.
+
+    Attributes:
+        keep_alive: what must live until the batch is finished.
+    """
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
@@ -22,6 +26,7 @@ class LoadBatch:
         self._changed = threading.Condition()
         self.error: BaseException | None = None
         self.blocked_seconds = 0.0
+        self.keep_alive: object = None
 
     def land(self, mark: Mark) -> None:
         """The next layer has been copied, or will have been when ``mark`` is reached."""
@@ -53,6 +58,7 @@ class LoadBatch:
         # One loader, in order: the last mark covers the ones before it.
         if self._marks:
             self._marks[-1].synchronize()
+        self.keep_alive = None
         return self.error is None
 
     def _mark_of(self, layer: int) -> Mark | None:

@@ -6,7 +6,8 @@ import logging
 import queue
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -39,8 +40,6 @@ class _Task:
     batch: LoadBatch
     moves: list[PageMove]
     after: list[Mark]
-    # Holds mappings and leases until the copies are done.
-    keep_alive: list[object] = field(repr=False)
 
 
 class LayerLoads:
@@ -78,7 +77,7 @@ class LayerLoads:
 
         Args:
             slots, arena, offsets: as in `Mover.prepare`.
-            keep_alive: held until the load has finished or was cancelled (the arena, the lease).
+            keep_alive: held until `finish` or `cancel` (the arena, the lease).
 
         Raises:
             ValueError: a load of ``rid`` is queued already, or arguments that do not fit.
@@ -97,12 +96,11 @@ class LayerLoads:
             return -1
         queued, self._queued = list(self._queued.values()), {}
         index = self.counter.update_producer()
-        task = _Task(
-            batch=self.counter.events[index],
-            moves=PageMove.joined([q.move for q in queued]),
-            after=self._mover.fence(),
-            keep_alive=[q.keep_alive for q in queued],
-        )
+        batch = self.counter.events[index]
+        batch.keep_alive = queued
+        moves = PageMove.joined([q.move for q in queued])
+        # The fence last: on CUDA, joining has put work on the current stream.
+        task = _Task(batch, moves, self._mover.fence())
         if self._thread_is_idle() and self._mover.enqueues(task.moves):
             self._load(task)
         else:
@@ -137,9 +135,10 @@ class LayerLoads:
     def _load(self, task: _Task) -> None:
         started = time.perf_counter()
         try:
-            with self._mover.loading(task.after):
+            with self._mover.loading(task.moves, task.after) as moves:
                 for layer in range(self.counter.num_layers):
-                    self._load_layer(layer, task)
+                    self._load_layer(layer, moves)
+                    task.batch.land(self._mover.mark())
         except BaseException as error:
             # The forward that waits must go on; `finish` tells the scheduler.
             logger.exception("loading pages from the memory tier failed")
@@ -151,9 +150,8 @@ class LayerLoads:
         self.counters.bytes += pages * self._mover.layout.page_bytes
         self.counters.seconds += time.perf_counter() - started
 
-    def _load_layer(self, layer: int, task: _Task) -> None:
+    def _load_layer(self, layer: int, moves: Sequence[PageMove]) -> None:
         if self._before_copy is not None:
             self._before_copy()
-        for move in task.moves:
+        for move in moves:
             self._mover.load_layer(layer, move)
-        task.batch.land(self._mover.mark())

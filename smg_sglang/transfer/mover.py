@@ -8,10 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from smg_sglang.errors import ConfigError
 from smg_sglang.transfer.layout import DevicePool
 
 BeforeCopy = Callable[[], None]
@@ -127,9 +129,11 @@ class Mover(ABC):
         """What loads started now must come after. Called on the scheduler thread."""
         return []
 
-    def loading(self, after: Sequence[Mark]) -> AbstractContextManager[object]:
-        """Context in which `load_layer` and `mark` are called for one batch."""
-        return nullcontext()
+    def loading(
+        self, moves: Sequence[PageMove], after: Sequence[Mark]
+    ) -> AbstractContextManager[Sequence[PageMove]]:
+        """Context in which one batch is loaded; it gives the moves to pass to `load_layer`."""
+        return nullcontext(moves)
 
     def mark(self) -> Mark:
         """The point after everything `load_layer` was asked for so far in this context."""
@@ -139,21 +143,32 @@ class Mover(ABC):
         """Whether `load_layer` of these only enqueues, so that no other thread is needed."""
         return False
 
+    def pin(self, arena: np.ndarray) -> None:  # noqa: B027 (a CPU needs none)
+        """Begin to page-lock an arena in the background, so that it can be copied faster."""
+
+    def unpin(self, arena: np.ndarray) -> None:  # noqa: B027
+        """Undo `pin`, and let go of the mapping. No copy of the arena may run."""
+
     def close(self) -> None:  # noqa: B027 (a CPU mover holds nothing)
         """Release what the mover holds. No copy may run."""
 
 
-def make_mover(pool: DevicePool, *, order_after: Sequence[object] = ()) -> Mover:
+def make_mover(pool: DevicePool, *, order_after: Sequence[Any] = ()) -> Mover:
     """The mover for the pool's device.
 
     Args:
         order_after: CUDA streams (the forward stream) that loads must come after, besides the
             current one. Ignored on a CPU, where the forward is synchronous.
+
+    Raises:
+        ConfigError: there is no mover for this device.
     """
     if pool.device.type == "cpu":
         from smg_sglang.transfer.cpu import CpuMover
 
         return CpuMover(pool)
-    from smg_sglang.transfer.cuda import CudaMover
+    if pool.device.type == "cuda":
+        from smg_sglang.transfer.cuda import CudaMover
 
-    return CudaMover(pool, order_after=order_after)
+        return CudaMover(pool, order_after=order_after)
+    raise ConfigError(f"no page copies for device {pool.device.type}; supported: cpu, cuda")

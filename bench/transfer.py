@@ -1,0 +1,185 @@
+"""How fast pages move: spill and load beside a plain copy of the same bytes.
+
+    python bench/transfer.py [--device cpu|cuda] [--help]
+
+In one process, the subjects take turns in every round; figures are medians with quartiles.
+Pages lie in a memfd as the memory server makes it, their slots in a pool of twice as many pages.
+``random``: pages at random places on both sides (a cache in use); ``in order``: as when new.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from smg_sglang.memory.arena import Arena, create_memfd
+from smg_sglang.transfer import DevicePool, Mover
+from smg_sglang.transfer.cpu import CpuMover, kernels
+from smg_sglang.transfer.cuda import CudaMover, Method
+
+Subjects = dict[str, Callable[[], None]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's KV as one rank sees it, in bf16."""
+
+    layers: int
+    heads: int
+    dim: int
+
+
+SHAPES = {
+    "SmolLM2-135M": Shape(30, 3, 64),
+    "Llama-3.1-8B": Shape(32, 8, 128),
+    "Llama-3.1-8B tp8": Shape(32, 1, 128),
+}
+
+
+class World:
+    """A pool, an arena and the pages to move between them."""
+
+    def __init__(self, shape: Shape, page_size: int, megabytes: int, device: str, order: str):
+        self.pool = make_pool(shape, page_size, megabytes, device)
+        self.pages = self.pool.num_slots // page_size // 2
+        self.nbytes = self.pages * self.pool.layout.page_bytes
+        fd = create_memfd(self.nbytes)
+        self.arena = Arena(fd, self.nbytes)
+        os.close(fd)
+        self.arena.buffer.fill(1)  # touched, or the first round would pay for page faults
+        rng = np.random.default_rng(0)
+        pick = rng.permutation if order == "random" else np.arange
+        pages = pick(2 * self.pages)[: self.pages].astype(np.int64)
+        slots = (pages[:, None] * page_size + np.arange(page_size)).reshape(-1)
+        self.slots = torch.from_numpy(slots).to(device)
+        self.offsets = pick(self.pages).astype(np.int64) * self.pool.layout.page_bytes
+
+
+def make_pool(shape: Shape, page_size: int, megabytes: int, device: str) -> DevicePool:
+    page_bytes = shape.layers * 2 * page_size * shape.heads * shape.dim * 2
+    slots = 2 * max(1, (megabytes << 20) // page_bytes) * page_size
+
+    def tensor() -> torch.Tensor:
+        size = (slots, shape.heads, shape.dim)
+        return torch.ones(size, dtype=torch.bfloat16, device=device)
+
+    keys = [tensor() for _ in range(shape.layers)]
+    return DevicePool.mha(keys, [tensor() for _ in range(shape.layers)], page_size)
+
+
+def movement(world: World, mover: Mover, label: str) -> Subjects:
+    move = mover.prepare(world.slots, world.arena.buffer, world.offsets)
+
+    def load() -> None:
+        with mover.loading([move], mover.fence()) as moves:
+            for layer in range(mover.layout.num_layers):
+                mover.load_layer(layer, moves[0])
+            mover.mark().synchronize()
+
+    return {f"spill, {label}": lambda: mover.spill(move), f"load, {label}": load}
+
+
+def cpu_subjects(world: World) -> Subjects:
+    copy = np.ones(world.nbytes, dtype=np.uint8)
+    if not kernels.wait():
+        raise SystemExit("numba could not compile the copy kernels")
+    return {
+        "plain memcpy": lambda: np.copyto(copy, world.arena.buffer),
+        **movement(world, CpuMover(world.pool), "compiled"),
+        **movement(world, CpuMover(world.pool, compiled=False), "torch"),
+    }
+
+
+def cuda_subjects(world: World) -> Subjects:
+    device = torch.ones(world.nbytes, dtype=torch.uint8, device="cuda")
+    host = torch.ones(world.nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def plain(target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+
+    subjects: Subjects = {
+        "plain device to host": lambda: plain(host, device),
+        "plain host to device": lambda: plain(device, host),
+    }
+    methods: tuple[Method, ...] = ("kernel", "copies")
+    for method in methods:
+        mover = CudaMover(world.pool, method=method)
+        mover.pin(world.arena.buffer)
+        if not mover.wait_pinned(world.arena.buffer):
+            raise SystemExit("the driver does not page-lock the arena (see `ulimit -l`)")
+        subjects |= movement(world, mover, method)
+    return subjects
+
+
+def measure(subjects: Subjects, nbytes: int, rounds: int) -> dict[str, list[float]]:
+    """GB/s of each subject in each round; the first round warms up."""
+    rates: dict[str, list[float]] = defaultdict(list)
+    for round_number in range(rounds + 1):
+        for name, run in subjects.items():
+            started = time.perf_counter()
+            run()
+            seconds = time.perf_counter() - started
+            if round_number:
+                rates[name].append(nbytes / seconds / 1e9)
+    return dict(rates)
+
+
+def show(console: Console, title: str, rates: dict[str, list[float]]) -> None:
+    table = Table("what", "GB/s", "quartiles", "of plain", title=title, title_justify="left")
+    plain = max(float(np.median(r)) for name, r in rates.items() if name.startswith("plain"))
+    for name, samples in rates.items():
+        low, middle, high = np.quantile(samples, [0.25, 0.5, 0.75])
+        share = f"{middle / plain:.0%}"
+        table.add_row(name, f"{middle:.2f}", f"{low:.2f} .. {high:.2f}", share)
+    console.print(table)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--page-sizes", nargs="+", type=int, default=[16], help="tokens")
+    parser.add_argument("--orders", nargs="+", default=["random", "in order"])
+    parser.add_argument("--megabytes", type=int, default=256, help="bytes moved per measurement")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=Path("bench/out/transfer.json"))
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(1)
+    console, results = Console(), []
+    for name, page_size, order in itertools.product(
+        options.shapes, options.page_sizes, options.orders
+    ):
+        world = World(SHAPES[name], page_size, options.megabytes, options.device, order)
+        subjects = cpu_subjects(world) if options.device == "cpu" else cuda_subjects(world)
+        rates = measure(subjects, world.nbytes, options.rounds)
+        show(console, f"{name}, page size {page_size}, {order}, {world.nbytes >> 20} MiB", rates)
+        case = {"shape": name, "page_size": page_size, "order": order, "nbytes": world.nbytes}
+        results.append({**case, "gb_per_s": rates})
+    machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "device": options.device}
+    if options.device == "cuda":
+        machine["device"] = torch.cuda.get_device_name()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({**machine, "results": results}, indent=1) + "\n")
+    console.print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The CUDA mover on a CPU: streams and events do nothing, the kernel is interpreted.
+
+Shows that the right bytes are asked for; ordering on a device is for tests/gpu.
+"""
+
+import importlib
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+
+from tests.transfer import worlds
+
+
+class Nothing:
+    """A stream or an event of a device that has finished everything."""
+
+    def __init__(self, *_args, **_options):
+        pass
+
+    def record(self, *_):
+        pass
+
+    def wait_event(self, *_):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+class Driver:
+    """cudart: registers up to a limit."""
+
+    def __init__(self, limit=1 << 60):
+        self.registered = {}
+        self.limit = limit
+
+    def cudaHostRegister(self, address, size, flags):
+        if sum(self.registered.values()) + size > self.limit:
+            return 2
+        self.registered[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address):
+        del self.registered[address]
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    driver = Driver()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "Stream", Nothing)
+    monkeypatch.setattr(torch.cuda, "Event", Nothing)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", Nothing)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    module = importlib.import_module("smg_sglang.transfer.triton_rows")
+    importlib.reload(module)
+    yield driver
+    del sys.modules["smg_sglang.transfer.triton_rows"]
+
+
+@pytest.fixture(params=["kernel", "copies"])
+def method(request):
+    return request.param
+
+
+SHAPES = [
+    {"kind": "mha", "heads": 3, "dim": 64},
+    {"kind": "mha", "heads": 1, "dim": 5, "v_dim": 3},
+    {"kind": "mla", "dim": 72},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["tp1", "odd", "mla"])
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("scattered", [True, False])
+def test_pages_come_back_byte_for_byte(driver, method, shape, pinned, scattered):
+    from smg_sglang.transfer.cuda import CudaMover
+
+    pool = worlds.make_pool(**shape, layers=2, page_size=4, slots=65)
+    arena, offsets = worlds.make_arena(pool, 7, gap=2)
+    # A ring so small that a staged move goes through it in several chunks.
+    mover = CudaMover(pool, method=method, programs=2, ring_bytes=2 * pool.layout.page_bytes)
+    if pinned:
+        mover.pin(arena)
+        assert mover.wait_pinned(arena)
+    slots = worlds.page_slots(pool, 7, scattered=scattered)
+    back_to = worlds.page_slots(pool, 7, seed=5, scattered=scattered)
+    before = worlds.gathered(pool, slots)
+    move = mover.prepare(slots, arena, offsets)
+    assert mover.enqueues([move]) is (pinned and method == "kernel")
+    mover.spill(move)
+    pages = worlds.pages_in(pool, arena, offsets)
+    np.testing.assert_array_equal(pages, worlds.expected_pages(pool, slots))
+    worlds.clear(pool)
+    with mover.loading([mover.prepare(back_to, arena, offsets)], mover.fence()) as moves:
+        for layer in range(2):
+            mover.load_layer(layer, moves[0])
+        mover.mark().synchronize()
+    for have, want in zip(worlds.gathered(pool, back_to), before, strict=True):
+        np.testing.assert_array_equal(have, want)
+    mover.close()
+    assert not driver.registered
+
+
+def test_what_the_driver_refuses_to_lock_is_staged(driver, monkeypatch):
+    from smg_sglang.transfer import pinning
+    from smg_sglang.transfer.cuda import CudaMover
+
+    pool = worlds.make_pool(page_size=4)
+    arena, offsets = worlds.make_arena(pool, 6)
+    monkeypatch.setattr(pinning, "PIECE_BYTES", pool.layout.page_bytes)
+    driver.limit = 3 * pool.layout.page_bytes
+    mover = CudaMover(pool)
+    mover.pin(arena)
+    assert not mover.wait_pinned(arena)
+    low = np.sort(offsets)[:3]
+    assert mover.enqueues([mover.prepare(worlds.page_slots(pool, 3), arena, low)])
+    assert not mover.enqueues([mover.prepare(worlds.page_slots(pool, 6), arena, offsets)])
+    mover.unpin(arena)
+    assert not driver.registered
+
+
+def test_batches_that_only_enqueue_need_no_thread_but_never_overtake_one(driver):
+    from smg_sglang.transfer import LayerLoads
+    from smg_sglang.transfer.cuda import CudaMover
+
+    pool = worlds.make_pool(page_size=4)
+    arena, offsets = worlds.make_arena(pool, 3)
+    mover = CudaMover(pool)
+    loads = LayerLoads(mover)
+    slots = worlds.page_slots(pool, 3)
+    mover.pin(arena)
+    mover.wait_pinned(arena)
+    loads.queue("a", slots, arena, offsets)
+    index = loads.start()
+    assert loads.counter.events[index].settled  # by this thread, before start returned
+    assert loads.finish(index)
+    loads.close()
+    mover.close()
