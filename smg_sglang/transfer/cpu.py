@@ -2,7 +2,10 @@
 
 Kernels are compiled by numba in the background when the first mover is made (and cached on disk),
 so no request waits for the compiler; until then, and where numba is missing, torch index
-operations do the same. Measured by bench/transfer.py; figures in docs/transfer.md.
+operations do the same. Both, and a plain memcpy beside them: bench/transfer.py.
+
+Also measured and left: a loop of ctypes or numpy copies is as fast as torch, but takes the GIL
+once a page, and a busy scheduler thread gives it back after 5 ms each time.
 """
 
 from __future__ import annotations
@@ -101,7 +104,8 @@ class KernelLoader:
         """Begin to compile unless that was done before; returns at once."""
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="smg-compile", daemon=True)
+                # Not a daemon: LLVM must not be torn down at exit while it compiles.
+                self._thread = threading.Thread(target=self._run, name="smg-compile")
                 self._thread.start()
 
     def ready(self) -> Compiled | None:

@@ -142,6 +142,11 @@ class SpillQueue(Generic[Key, Handle]):
             self._waiting_slots += slots.numel()
             self._changed.notify_all()
 
+    @property
+    def waiting_slots(self) -> int:
+        """Slots of jobs that have not completed."""
+        return self._waiting_slots
+
     def num_completed(self) -> int:
         """Completions waiting to be popped."""
         return len(self._completed)

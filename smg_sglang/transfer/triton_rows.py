@@ -18,7 +18,11 @@ TILE_WORDS = 2048
 WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
-@triton.jit(do_not_specialize=["address", "num_tokens"])
+# A kernel is compiled when a server starts, and never again for other numbers or alignments.
+@triton.jit(
+    do_not_specialize=["address", "num_tokens"],
+    do_not_specialize_on_alignment=["slots", "page_words"],
+)
 def _move_tiles(
     rows,
     address,

@@ -1,3 +1,7 @@
+import sys
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smg_sglang.transfer import make_mover
-from smg_sglang.transfer.cpu import CpuMover, kernels
+from smg_sglang.transfer.cpu import CpuMover, KernelLoader, kernels
 from tests.transfer import worlds
 
 KERNELS = ["compiled", "torch"]
@@ -139,3 +143,48 @@ def test_what_lies_outside_its_memory_is_refused():
         mover.prepare(slots.to(torch.int32), arena, offsets)
     with pytest.raises(ValueError, match="contiguous uint8"):
         mover.prepare(slots, arena[::2], offsets)
+
+
+def test_python_runs_on_while_pages_are_copied():
+    pool = worlds.make_pool(layers=8, heads=8, dim=128, page_size=16, slots=1024)
+    mover = make_cpu_mover(pool, "compiled")
+    arena, offsets = worlds.make_arena(pool, 64)
+    move = mover.prepare(torch.arange(1024), arena, offsets)
+
+    def longest_pause():
+        """Longest time this thread could not run while another copied, and the copy's time."""
+        span = []
+
+        def copy():
+            started = time.perf_counter()
+            mover.spill(move)
+            span.append(time.perf_counter() - started)
+
+        thread = threading.Thread(target=copy)
+        pauses, last = [], time.perf_counter()
+        thread.start()
+        while not span:
+            now = time.perf_counter()
+            pauses.append(now - last)
+            last = now
+        thread.join()
+        return max(pauses), span[0]
+
+    # A loaded machine may stop this thread too, but not every time.
+    assert any(pause < span / 2 for pause, span in (longest_pause() for _ in range(20)))
+
+
+def test_copies_are_right_while_the_kernels_are_still_compiled(monkeypatch):
+    pool = worlds.make_pool()
+    mover = CpuMover(pool)
+    monkeypatch.setattr(kernels, "_compiled", None)
+    arena, offsets = worlds.make_arena(pool, 5)
+    slots = worlds.page_slots(pool, 5, seed=3)
+    round_trip(pool, mover, slots, worlds.page_slots(pool, 5), arena, offsets)
+
+
+def test_without_numba_there_are_no_kernels_and_copies_go_on(monkeypatch):
+    monkeypatch.setitem(sys.modules, "smg_sglang.transfer.numba_rows", None)
+    loader = KernelLoader()
+    assert not loader.wait()
+    assert loader.ready() is None

@@ -145,3 +145,24 @@ def test_batches_that_only_enqueue_need_no_thread_but_never_overtake_one(driver)
     assert loads.finish(index)
     loads.close()
     mover.close()
+
+
+@pytest.mark.parametrize("to_arena", [True, False])
+@pytest.mark.parametrize("word", ["*i64", "*u8"])
+def test_the_kernel_compiles_for_hopper_without_a_gpu(word, to_arena):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from smg_sglang.transfer.triton_rows import _move_tiles
+
+    names = ["rows", "address", "slots", "page_words", "num_tokens", "row_words"]
+    constants = ["page_size", "tokens_per_tile", "words_per_tile", "to_arena"]
+    signature = dict(zip(names, [word, "i64", "*i64", "*i64", "i32", "i32"], strict=True))
+    source = ASTSource(
+        fn=_move_tiles,
+        signature=signature | dict.fromkeys(constants, "constexpr"),
+        constexprs={(6 + i,): value for i, value in enumerate([16, 8, 256, to_arena])},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    assert "cubin" in compiled.asm
