@@ -121,11 +121,11 @@ class KernelLoader:
 
     def _run(self) -> None:
         try:
-            from smg_sglang.transfer import numba_rows
+            from smg_sglang.transfer.numba_rows import load_rows, spill_rows
         except Exception as error:
             logger.warning("no compiled copy kernels (%s); copies use torch operations", error)
             return
-        self._compiled = Compiled(numba_rows.spill_rows, numba_rows.load_rows)
+        self._compiled = Compiled(spill_rows, load_rows)
 
 
 kernels = KernelLoader()
