@@ -32,10 +32,19 @@ class TreeMachine(RuleBasedStateMachine):
         self.held = []
         """(node of the tree, run of the twin), seen at some time, perhaps gone."""
 
-    @rule(path=paths, data=st.data())
-    def insert(self, path, data):
-        known = len(self.naive.match(path)[0])
-        start = data.draw(st.integers(0, min(known + 1, len(path))))
+    @rule(path=paths)
+    def insert_whole(self, path):
+        self._insert(path, 0)
+
+    @rule(path=paths)
+    def continue_what_is_known(self, path):
+        self._insert(path, len(self.naive.match(path)[0]))
+
+    @rule(path=paths, start=st.integers(0, 9))
+    def insert_from_somewhere(self, path, start):
+        self._insert(path, min(start, len(path)))
+
+    def _insert(self, path, start):
         pages = self.world.fresh(len(path) - start)
         expected = self.naive.insert(path, [int(page) for page in pages], start)
         if expected is None:
@@ -82,12 +91,15 @@ class TreeMachine(RuleBasedStateMachine):
         self.tree.unpin(node)
         run.pins -= 1
 
-    @rule(count=st.integers(-1, 12))
+    # Mostly a few pages: the order only shows in what is left for the next eviction.
+    @rule(count=st.sampled_from([1, 2, 3, 1, 2, 3, 4, 6, 12, 0, -1]))
     def evict(self, count):
         assert sorted(self.tree.evict(count)) == sorted(self.naive.evict(count))
 
-    @rule()
-    def clear(self):
+    @rule(rarely=st.integers(0, 15))
+    def clear(self, rarely):
+        if rarely != 7:
+            return
         assert sorted(self.tree.clear()) == sorted(self.naive.clear())
 
     @invariant()
@@ -110,5 +122,5 @@ class TreeMachine(RuleBasedStateMachine):
 def test_the_tree_does_what_its_naive_twin_does(policy):
     machine = type("Machine", (TreeMachine,), {"policy": policy})
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None)
+        machine, settings=settings(max_examples=40, stateful_step_count=50, deadline=None)
     )
