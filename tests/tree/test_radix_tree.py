@@ -217,6 +217,16 @@ def test_lfu_keeps_what_is_used_often():
     assert list(world.tree.evict(1)) == [1]
 
 
+def test_a_parent_was_used_as_often_as_all_its_children():
+    world = World(RadixTree(LFU()))
+    for names, start in (([1], 0), ([1, 5], 1), ([2], 0)):
+        world.insert(names, start)
+        for _ in range(3 * (names != [1])):
+            world.tree.touch(world.tree.match(to_path(names)))
+    assert list(world.tree.evict(1)) == [1]
+    assert list(world.tree.evict(1)) == [2]
+
+
 def test_fifo_does_not_care_about_uses():
     world = World(RadixTree(FIFO()))
     world.insert([1])
