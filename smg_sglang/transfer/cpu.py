@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from smg_sglang.transfer.layout import DevicePool
-from smg_sglang.transfer.mover import Mover, PageMove
+from smg_sglang.transfer.mover import Mark, Mover, PageMove
 from smg_sglang.transfer.torch_rows import copy_rows as torch_copy_rows
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ class CpuMover(Mover):
         if compiled:
             kernels.start()
 
-    def spill(self, move: PageMove) -> None:
+    def spill(self, move: PageMove, after: Sequence[Mark] = ()) -> None:
+        # The forward is synchronous: what it wrote is there.
         self._copy(0, len(self._segments), move, to_arena=True)
 
     def load_layer(self, layer: int, move: PageMove) -> None:

@@ -52,7 +52,10 @@ class CudaMove(PageMove):
 
 
 class CudaMover(Mover):
-    """`Mover` for CUDA pools. One thread may spill while another loads.
+    """`Mover` for CUDA pools. One thread may load while others spill, one after another.
+
+    Arenas that are copied are pinned, and stay so until `unpin`: call it for the arena of a
+    server that is gone, or its memory is not given back.
 
     ``kernel``: a Triton kernel reads or writes host memory itself; nothing waits on the CPU, and
     slots never leave the device. ``copies``: one cudaMemcpyAsync for each run of slots, which
@@ -65,13 +68,16 @@ class CudaMover(Mover):
         *,
         order_after: Sequence[Any] = (),
         method: Method = "kernel",
+        pins: bool = True,
         programs: int = 16,
         ring_bytes: int = RING_BYTES,
     ) -> None:
-        """``order_after``: streams loads come after. ``programs``: blocks of a kernel launch."""
+        """``order_after``: streams that copies come after, with `fence`. ``pins``: False copies all
+        through the ring. ``programs``: blocks of a kernel launch."""
         super().__init__(pool)
         self._order_after = order_after
         self._method = method
+        self._pins = pins
         self._programs = programs
         self._load_stream = torch.cuda.Stream(pool.device)
         self._spill_stream = torch.cuda.Stream(pool.device)
@@ -79,6 +85,7 @@ class CudaMover(Mover):
         self._load_ring, self._spill_ring = StagingRing(ring_bytes), StagingRing(ring_bytes)
         self._pinned: dict[int, PinnedArena] = {}
         self._lock = threading.Lock()
+        self._spilling = threading.Lock()
         self._word = gcd(8, *(part.row_bytes for part in self.layout.parts))
         if method == "kernel":
             self._compile()
@@ -90,9 +97,14 @@ class CudaMover(Mover):
             for to_arena in (False, True):
                 self._launch(rows, rows.data_ptr(), nothing, nothing, self._word, to_arena=to_arena)
 
+    def prepare(self, slots: torch.Tensor, arena: np.ndarray, offsets: np.ndarray) -> PageMove:
+        move = super().prepare(slots, arena, offsets)
+        self.pin(arena)
+        return move
+
     def pin(self, arena: np.ndarray) -> None:
         with self._lock:
-            if arena.ctypes.data not in self._pinned:
+            if self._pins and arena.ctypes.data not in self._pinned:
                 self._pinned[arena.ctypes.data] = PinnedArena(arena, self.pool.device)
 
     def unpin(self, arena: np.ndarray) -> None:
@@ -143,8 +155,10 @@ class CudaMover(Mover):
             chunk = self._slice(move, first, end)
             self._move(parts, chunk, ring.buffer, places - start, to_arena=False)
 
-    def spill(self, move: PageMove) -> None:
-        with torch.cuda.stream(self._spill_stream):
+    def spill(self, move: PageMove, after: Sequence[Mark] = ()) -> None:
+        with self._spilling, torch.cuda.stream(self._spill_stream):
+            for mark in after:
+                mark.wait()
             started = self._begin(move, self._spill_stream)
             segments = range(self.layout.num_layers * len(self.layout.parts))
             if started.direct:

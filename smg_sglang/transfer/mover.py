@@ -80,7 +80,7 @@ REACHED = Mark()
 
 
 class Mover(ABC):
-    """Copies pages of one pool. `spill` and `load_layer` may run at once on two threads."""
+    """Copies pages of one pool. One thread may load while others spill."""
 
     def __init__(self, pool: DevicePool) -> None:
         self.pool = pool
@@ -118,15 +118,20 @@ class Mover(ABC):
         return slots.contiguous()
 
     @abstractmethod
-    def spill(self, move: PageMove) -> None:
-        """Copy all layers of the slots into the pages; the bytes are there when it returns."""
+    def spill(self, move: PageMove, after: Sequence[Mark] = ()) -> None:
+        """Copy all layers of the slots into the pages; the bytes are there when it returns.
+
+        Args:
+            after: points the copy must come after; those of `fence`, where the caller has not
+                waited for the forward that wrote the slots.
+        """
 
     @abstractmethod
     def load_layer(self, layer: int, move: PageMove) -> None:
         """Copy one layer of the pages into the slots: done (CPU) or enqueued (CUDA) on return."""
 
     def fence(self) -> list[Mark]:
-        """What loads started now must come after. Called on the scheduler thread."""
+        """What copies started now must come after. Called on the scheduler thread."""
         return []
 
     def loading(
@@ -144,7 +149,7 @@ class Mover(ABC):
         return False
 
     def pin(self, arena: np.ndarray) -> None:  # noqa: B027 (a CPU needs none)
-        """Begin to page-lock an arena in the background, so that it can be copied faster."""
+        """Begin to page-lock an arena in the background. The first `prepare` does it, too."""
 
     def unpin(self, arena: np.ndarray) -> None:  # noqa: B027
         """Undo `pin`, and let go of the mapping. No copy of the arena may run."""

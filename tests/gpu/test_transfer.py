@@ -33,7 +33,7 @@ class World:
         self.slots = worlds.page_slots(self.pool, pages).cuda()
         self.forward = torch.cuda.Stream()
         self.mover = CudaMover(
-            self.pool, method=method, order_after=[self.forward], ring_bytes=1 << 20
+            self.pool, method=method, pins=pinned, order_after=[self.forward], ring_bytes=1 << 20
         )
         if pinned:
             self.mover.pin(self.arena)

@@ -87,7 +87,8 @@ def test_pages_come_back_byte_for_byte(driver, method, shape, pinned, scattered)
     pool = worlds.make_pool(**shape, layers=2, page_size=4, slots=65)
     arena, offsets = worlds.make_arena(pool, 7, gap=2)
     # A ring so small that a staged move goes through it in several chunks.
-    mover = CudaMover(pool, method=method, programs=2, ring_bytes=2 * pool.layout.page_bytes)
+    ring_bytes = 2 * pool.layout.page_bytes
+    mover = CudaMover(pool, method=method, pins=pinned, programs=2, ring_bytes=ring_bytes)
     if pinned:
         mover.pin(arena)
         assert mover.wait_pinned(arena)
@@ -96,7 +97,7 @@ def test_pages_come_back_byte_for_byte(driver, method, shape, pinned, scattered)
     before = worlds.gathered(pool, slots)
     move = mover.prepare(slots, arena, offsets)
     assert mover.enqueues([move]) is (pinned and method == "kernel")
-    mover.spill(move)
+    mover.spill(move, mover.fence())
     pages = worlds.pages_in(pool, arena, offsets)
     np.testing.assert_array_equal(pages, worlds.expected_pages(pool, slots))
     worlds.clear(pool)
