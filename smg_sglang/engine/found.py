@@ -57,6 +57,11 @@ class FoundLeases(Generic[L]):
     def __len__(self) -> int:
         return len(self._by_rid)
 
+    @property
+    def num_leases(self) -> int:
+        """Leases held; misses are remembered too, and hold nothing."""
+        return sum(found.lease is not None for found in self._by_rid.values())
+
     def get(self, rid: str, question: tuple[int, int, bytes]) -> Found[L] | None:
         """The answer already held for this very question, unless it is a miss grown old."""
         found = self._by_rid.get(rid)

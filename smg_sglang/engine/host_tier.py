@@ -321,24 +321,39 @@ class HostTier:
     # ---- to be seen ----
 
     def state(self) -> dict[str, Any]:
-        """What `/server_info` shows."""
-        connection = self._links.lookups.connection()
-        namespace = self._links.namespace
+        """What `/server_info` shows. Waits for the memory server no longer than a lookup."""
+        connection = self._connection()
         return {
             "config": self.config.to_builtins(),
+            "namespace": msgspec.to_builtins(self._links.namespace),
             "memory_address": self._address,
             "memory_connected": connection is not None,
-            "memory_epoch": connection.epoch if connection is not None else None,
-            "arena_bytes": int(connection.arena.buffer.nbytes) if connection is not None else 0,
-            "namespace": msgspec.to_builtins(namespace),
-            "leases_held": len(self._found) + len(self._queued),
+            "memory": self._memory_state(connection),
+            "leases_held": self._found.num_leases + len(self._queued) + len(self._started),
+            "spills_waiting": self._spills.waiting_slots,
             **self.counters.snapshot(),
+        }
+
+    def _memory_state(self, connection: MemoryConnection | None) -> dict[str, Any] | None:
+        if connection is None:
+            return None
+        try:
+            stats = connection.stats(self._timeout_s)
+        except MemoryUnavailable:
+            return None
+        return {
+            "epoch": stats.epoch,
+            "arena_bytes": stats.arena_bytes,
+            "pages_ready": stats.pages_ready,
+            "pages_writing": stats.pages_writing,
+            "leases": stats.leases,
+            "connections": stats.connections,
         }
 
     def read_metrics(self) -> Reading:
         """Current values of the `smg:` series. Metrics thread; asks the memory server."""
         spills, loads = self._spills.counters, self._loads.counters
-        dropped = self.counters.dropped_pages + spills.dropped_pages
+        dropped = self.counters.dropped_pages + spills.dropped
         reading: dict[str, Any] = {
             "smg:hit_tokens": dict(self.counters.hit_tokens),
             "smg:prompt_tokens": self.counters.prompt_tokens,

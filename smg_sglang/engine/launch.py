@@ -60,7 +60,7 @@ def start_memory(server_args: Any) -> None:
     )
 
 
-def stop_memory() -> None:
-    """Stop every memory server this process started; idempotent."""
+def retire_memory() -> None:
+    """This process is about to kill its children: start none again, leave no files. Idempotent."""
     while _running:
-        _running.pop().stop()
+        _running.pop().retire()

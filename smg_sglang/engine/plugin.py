@@ -6,6 +6,8 @@ arguments first. Hooks are the seams SGLang 0.5.23 lacks; `patches/` has their u
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -28,11 +30,11 @@ def register() -> None:
     hook("server_args.ServerArgs.from_cli_args", _after_from_cli_args, HookType.AFTER)
     hook("server_args.ServerArgs.resolve_once", _before_resolve_once, HookType.BEFORE)
     hook("server_args.ServerArgs.check_server_args", _after_check, HookType.AFTER)
-    # The detokenizer and the controller import neither of these modules; hooking them there would.
-    if "sglang.srt.entrypoints.engine" in sys.modules:
+    # Hooking a module imports it, so each process gets only the hooks of its own role.
+    if multiprocessing.parent_process() is None:
         engine = "entrypoints.engine.Engine"
         hook(f"{engine}._launch_scheduler_processes", _around_launch, HookType.AROUND)
-        hook(f"{engine}.shutdown", _before_shutdown, HookType.BEFORE)
+        hook("utils.common.kill_process_tree", _before_kill_tree, HookType.BEFORE)
     if "sglang.srt.managers.scheduler" in sys.modules:
         _register_worker_hooks(hook, HookType)
     _register_attention()
@@ -60,6 +62,10 @@ def _register_worker_hooks(hook: Callable[..., None], kind: Any) -> None:
 
 
 def _register_attention() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("smg_sglang.engine.attention_backend") is None:
+        return
     from smg_sglang.engine import attention_backend
 
     attention_backend.register()
@@ -95,8 +101,10 @@ def _around_launch(
     return original(cls, server_args, *args, **kw)
 
 
-def _before_shutdown(engine: Any, *args: Any, **kwargs: Any) -> None:
-    launch.stop_memory()
+def _before_kill_tree(parent_pid: int | None = None, *args: Any, **kwargs: Any) -> None:
+    """Every end of a server goes through here: the memory server must not be started again."""
+    if parent_pid in (None, os.getpid()):
+        launch.retire_memory()
 
 
 def _around_create_cache(original: Callable[..., Any], ctx: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,55 @@
+"""What is wrong is said in one sentence, before anything starts; what is off changes nothing."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.e2e.conftest import nothing_left_behind
+
+
+def launch(*args):
+    return subprocess.run(
+        [sys.executable, "-m", "sglang.launch_server", "--model-path", *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--enable-smg", "--smg-host-gb", "100000"), "smg: --smg-host-gb 100000 is more than"),
+        (("--enable-smg", "--enable-hierarchical-cache"), "smg: --enable-smg cannot be combined"),
+    ],
+)
+def test_a_wrong_flag_ends_at_once(tiny_model, args, says):
+    with nothing_left_behind():
+        end = launch(str(tiny_model), *args)
+    assert end.returncode == 2
+    assert says in end.stderr
+    assert "Traceback" not in end.stderr
+
+
+def test_a_sliding_window_hybrid_is_refused_by_name(tiny_model, tmp_path):
+    """Only the configuration is read, so a few numbers make a Gemma-3 of it."""
+    import json
+    import shutil
+
+    for file in tiny_model.iterdir():
+        shutil.copy(file, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "sliding_window": 128,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 64,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with nothing_left_behind():
+        end = launch(str(tmp_path), "--enable-smg", "--smg-host-gb", "0.25")
+    assert end.returncode == 2, end.stderr[-2000:]
+    assert "smg: sliding-window hybrid models" in end.stderr

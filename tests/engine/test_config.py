@@ -1,0 +1,75 @@
+from types import SimpleNamespace
+
+import pytest
+
+from smg_sglang import config
+from smg_sglang.config import GIB, WritePolicy, make_config
+from smg_sglang.errors import ConfigError
+
+
+def test_the_default_host_size_is_a_share_of_what_is_free(monkeypatch):
+    monkeypatch.setattr(config, "available_bytes", lambda: 40 * GIB)
+    assert make_config(device="cpu").host_gb == 10
+    assert make_config(device="cuda").host_gb == 20
+
+
+def test_the_cgroup_limit_counts(monkeypatch):
+    monkeypatch.setattr(
+        config.psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * GIB)
+    )
+    monkeypatch.setattr(config, "_cgroup_memory", lambda: (8 * GIB, 6 * GIB))
+    assert config.available_bytes() == 2 * GIB
+    with pytest.raises(ConfigError, match="more than the 2.0 GiB that are free"):
+        make_config(host_gb=3)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("max\n", None), ("1073741824\n", GIB), (f"{1 << 62}\n", None)]
+)
+def test_cgroup_v2_files_are_read(tmp_path, limit, expected):
+    (tmp_path / "memory.max").write_text(limit)
+    (tmp_path / "memory.current").write_text("4096\n")
+    assert config._cgroup_memory(tmp_path)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"host_gb": -1}, "--smg-host-gb must be at least"),
+        ({"host_gb": float("nan")}, "--smg-host-gb must be at least"),
+        ({"host_gb": 1e9}, "--smg-host-gb .* is more than"),
+        ({"write_policy": "never"}, "--smg-write-policy must be one of"),
+        ({"page_size": 12}, "--smg-page-size must be a power of two"),
+        ({"page_size": 256}, "--smg-page-size must be a power of two"),
+        ({"lookup_timeout_ms": 0}, "--smg-lookup-timeout-ms"),
+        ({"memory_address": "tcp://1.2.3.4:5"}, "--smg-memory must be"),
+        ({"memory_address": "relative/dir"}, "--smg-memory must be"),
+        ({"memory_address": "/run/smg", "host_gb": 4}, "leave it out with --smg-memory"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_sentence(wrong, says):
+    with pytest.raises(ConfigError, match=says) as error:
+        make_config(**wrong)
+    assert "\n" not in str(error.value)
+
+
+def test_attaching_needs_no_host_size():
+    chosen = make_config(memory_address="ipc:///run/smg")
+    assert chosen.memory_address == "/run/smg"
+    assert chosen.host_gb is None
+
+
+def test_the_environment_chooses_for_programs_without_a_command_line(monkeypatch):
+    assert config.config_from_env() is None
+    monkeypatch.setenv("SMG_ENABLE", "1")
+    monkeypatch.setenv("SMG_HOST_GB", "1.5")
+    monkeypatch.setenv("SMG_WRITE_POLICY", "write_back")
+    chosen = make_config(**config.config_from_env())
+    assert (chosen.host_gb, chosen.write_policy) == (1.5, WritePolicy.WRITE_BACK)
+
+
+def test_a_number_in_the_environment_that_is_none_is_named(monkeypatch):
+    monkeypatch.setenv("SMG_ENABLE", "1")
+    monkeypatch.setenv("SMG_HOST_GB", "lots")
+    with pytest.raises(ConfigError, match="SMG_HOST_GB must be a number"):
+        config.config_from_env()

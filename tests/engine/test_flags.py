@@ -1,0 +1,107 @@
+import argparse
+from types import SimpleNamespace
+
+import pytest
+
+from smg_sglang.engine import flags
+from smg_sglang.errors import ConfigError
+
+
+def make_args(**changes):
+    """An SGLang record of arguments as far as `configure` looks at it."""
+    fields = {
+        "page_size": None,
+        "device": "cpu",
+        "enable_hierarchical_cache": False,
+        "hicache_storage_backend": None,
+        "enable_lmcache": False,
+        "enable_flexkv": False,
+        "enable_unified_cache_external_linker": False,
+        "radix_cache_backend": None,
+        "disable_radix_cache": False,
+        "pp_size": 1,
+        "disaggregation_mode": "null",
+        "speculative_algorithm": None,
+    }
+    return SimpleNamespace(**(fields | changes))
+
+
+def parse(*argv):
+    parser = argparse.ArgumentParser()
+    flags.add_cli_args(parser)
+    return parser.parse_args(argv)
+
+
+def test_nothing_is_touched_without_the_flag():
+    record = make_args()
+    before = dict(vars(record))
+    flags.configure_from_cli(record, parse())
+    assert vars(record) == before
+
+
+def test_the_flag_selects_our_linker_and_a_page_size():
+    record = make_args()
+    flags.configure_from_cli(record, parse("--enable-smg", "--smg-host-gb", "0.5"))
+    assert record.page_size == flags.DEFAULT_PAGE_SIZE
+    assert record.enable_unified_cache_external_linker
+    config = record.unified_cache_external_linker_config
+    assert config["linker_extra_config"]["host_gb"] == 0.5
+    assert flags.is_enabled(record)
+
+
+def test_sglangs_own_page_size_wins():
+    record = make_args(page_size=64)
+    flags.configure(record, {"host_gb": 0.5}, origin="cli")
+    assert record.page_size == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache"),
+        ({"enable_lmcache": True}, "--enable-lmcache"),
+        ({"disable_radix_cache": True}, "--disable-radix-cache"),
+        ({"pp_size": 2}, "--pp-size"),
+        ({"disaggregation_mode": "prefill"}, "--disaggregation-mode"),
+        ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_by_name(changes, flag):
+    with pytest.raises(ConfigError, match=flag):
+        flags.configure(make_args(**changes), {"host_gb": 0.5}, origin="engine")
+
+
+def test_a_wrong_flag_ends_with_one_sentence_and_code_2(capsys):
+    with pytest.raises(SystemExit) as end:
+        flags.configure_from_cli(make_args(), parse("--enable-smg", "--smg-host-gb", "-3"))
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("smg: --smg-host-gb") and err.count("\n") == 1
+
+
+def test_a_flag_of_ours_without_the_switch_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        flags.configure_from_cli(make_args(), parse("--smg-host-gb", "3"))
+    assert "--smg-host-gb needs --enable-smg" in capsys.readouterr().err
+
+
+def test_an_untested_sglang_is_refused_unless_it_is_asked_for(monkeypatch):
+    import sglang
+
+    monkeypatch.setattr(sglang, "__version__", "9.9.9")
+    with pytest.raises(ConfigError, match=r"9\.9\.9 was not tested"):
+        flags.configure(make_args(), {"host_gb": 0.5}, origin="cli")
+    flags.configure(make_args(), {"host_gb": 0.5, "allow_untested_sglang": True}, origin="cli")
+
+
+def test_engine_keywords_are_split():
+    theirs, ours = flags.split_kwargs({"model_path": "m", "enable_smg": True, "smg_host_gb": 2})
+    assert theirs == {"model_path": "m"}
+    assert ours == {"host_gb": 2}
+    assert flags.split_kwargs({"model_path": "m"}) == ({"model_path": "m"}, None)
+
+
+@pytest.mark.parametrize("kwargs", [{"smg_host_gb": 2}, {"enable_smg": True, "smg_colour": 1}])
+def test_engine_keywords_that_make_no_sense_are_refused(kwargs):
+    with pytest.raises(ConfigError):
+        flags.split_kwargs(kwargs)
