@@ -11,8 +11,6 @@ import numpy as np
 from smg_sglang.errors import MemoryUnavailable
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_MADV_POPULATE_WRITE = 23  # linux/mman.h; Python 3.11 has no name for it
-_POPULATE_STEP = 2 << 20
 
 
 class PageGeometry(msgspec.Struct, frozen=True):
@@ -55,22 +53,9 @@ class Arena:
         self._map = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self.nbytes = nbytes
         self.buffer = np.frombuffer(self._map, dtype=np.uint8)
-        self._advise(mmap.MADV_HUGEPAGE, 0, nbytes)
-
-    def populate(self, offset: int, nbytes: int) -> None:
-        """Map [offset, offset + nbytes) into this process now, so that no later write faults.
-
-        A hint: does nothing on kernels before 5.14. Takes the GIL for 2 MiB at a time.
-        """
-        end = min(self.nbytes, offset + nbytes)
-        start = offset - offset % mmap.PAGESIZE
-        for at in range(start, end, _POPULATE_STEP):
-            self._advise(_MADV_POPULATE_WRITE, at, min(_POPULATE_STEP, end - at))
-
-    def _advise(self, advice: int, offset: int, nbytes: int) -> None:
         try:
-            self._map.madvise(advice, offset, nbytes)
-        except OSError:  # an optional hint: kernels differ in what they know
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:  # a hint; many kernels have no huge pages for memfds
             pass
 
 

@@ -17,9 +17,11 @@ from smg_sglang.tree.node import Node
 from smg_sglang.tree.page_keys import KEY_BYTES
 from smg_sglang.tree.radix_tree import Match, RadixTree
 
+_MAX_PAGES_LOG2 = 28  # one byte of books each
 
-class PageTooLarge(SmgError):
-    """Not even one page of this size fits in the arena."""
+
+class PageSizeRefused(SmgError):
+    """Not even one page of this size fits in the arena, or more than books can be kept of."""
 
 
 @dataclass(slots=True)
@@ -85,23 +87,29 @@ class Books:
         return self._pool.high_water * self._pool.slab_bytes
 
     def connect(self, name: bytes, namespace: Namespace) -> PageGeometry:
-        """A client of `namespace` is here. Raises PageTooLarge."""
-        allocator = self._allocators.get(namespace.page_bytes)
-        if allocator is None:
-            geometry = self._pool.geometry_for(namespace.page_bytes)
-            if geometry is None:
-                raise PageTooLarge(
-                    f"a page of {namespace.page_bytes} bytes does not fit in host memory of "
-                    f"{self._arena_bytes} bytes: raise --host-gb or use smaller pages"
-                )
-            allocator = PageAllocator(geometry, self._pool)
-            self._allocators[namespace.page_bytes] = allocator
+        """A client of `namespace` is here. Raises PageSizeRefused."""
+        allocator = self._allocator_for(namespace.page_bytes)
         space = self._spaces.get(namespace)
         if space is None:
             space = self._spaces[namespace] = Space(namespace, allocator, self._clock)
         space.connections += 1
         self._connections[name] = _Connection(space)
         return allocator.geometry
+
+    def _allocator_for(self, page_bytes: int) -> PageAllocator:
+        allocator = self._allocators.get(page_bytes)
+        if allocator is not None:
+            return allocator
+        if page_bytes < self._arena_bytes >> _MAX_PAGES_LOG2:
+            raise PageSizeRefused(f"pages of {page_bytes} bytes are too small for this memory")
+        geometry = self._pool.geometry_for(page_bytes)
+        if geometry is None:
+            raise PageSizeRefused(
+                f"a page of {page_bytes} bytes does not fit in host memory of "
+                f"{self._arena_bytes} bytes: raise --host-gb or use smaller pages"
+            )
+        allocator = self._allocators[page_bytes] = PageAllocator(geometry, self._pool)
+        return allocator
 
     def connection_lost(self, name: bytes) -> None:
         """End what the client held: its leases, and its pages that are not published."""

@@ -91,12 +91,15 @@ class Channel:
     def ask(self, question: protocol.Question, timeout_s: float) -> protocol.Reply:
         """Send and wait for the reply, `timeout_s` at most; MemoryUnavailable otherwise."""
         deadline = time.monotonic() + timeout_s
+        data = protocol.encode(question)
+        if len(data) > protocol.MAX_MESSAGE_BYTES:  # the server would hang up
+            raise MemoryUnavailable("a path this long cannot be asked for")
         if not self._lock.acquire(timeout=max(0.0, timeout_s)):
             raise MemoryUnavailable("the connection to the memory server is busy")
         try:
             self._admit()
             self._send_outbox()
-            self._socket.send(protocol.encode(question))
+            self._socket.send(data)
             reply = self._await(question.id, deadline, timeout_s)
         except zmq.ZMQError as error:
             self._dead = True
@@ -110,8 +113,9 @@ class Channel:
 
     def tell(self, notice: protocol.Notice) -> None:
         """Send without waiting for anything; never raises. Order among calls is kept."""
-        if not self._dead:
-            self._outbox.append(protocol.encode(notice))
+        data = protocol.encode(notice)
+        if not self._dead and len(data) <= protocol.MAX_MESSAGE_BYTES:
+            self._outbox.append(data)
             self._flush()
 
     def close(self) -> None:
@@ -188,8 +192,9 @@ class Channel:
 
 def _has_ended(life: socket.socket) -> bool:
     """Whether the peer closed. The server never writes to `life` after the welcome."""
-    if life.fileno() < 0:
+    fd = life.fileno()
+    if fd < 0:
         return True
     poll = select.poll()
-    poll.register(life, select.POLLIN)
+    poll.register(fd, select.POLLIN)
     return bool(poll.poll(0))

@@ -72,6 +72,11 @@ class MemoryProcess:
             self._supervisor.join()
         shutil.rmtree(self.address, ignore_errors=True)
 
+    def retire(self) -> None:
+        """Somebody else is about to kill the child: do not start another, leave no files."""
+        self._stopping.set()
+        shutil.rmtree(self.address, ignore_errors=True)
+
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "smg_sglang", "memory", "--address", self.address]

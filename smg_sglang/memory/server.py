@@ -17,15 +17,17 @@ from smg_sglang.errors import ConfigError
 from smg_sglang.memory import protocol
 from smg_sglang.memory.address import Address, peer_uid
 from smg_sglang.memory.arena import create_memfd
-from smg_sglang.memory.books import Books, PageTooLarge
+from smg_sglang.memory.books import Books, PageSizeRefused
 from smg_sglang.memory.box import GIB, check_host_bytes
 from smg_sglang.memory.desk import Desk
 from smg_sglang.memory.pretouch import Pretouch
+from smg_sglang.memory.sockets import bind, listen
 from smg_sglang.memory.stats import Stats
 
 log = logging.getLogger(__name__)
 
 _BATCH = 64  # control messages handled before the other sockets get a look
+_LAST_WORDS = 10_000
 _HELLO_MAX_BYTES = 64 << 10
 _MAX_CLIENTS = 4096
 
@@ -68,11 +70,11 @@ class MemoryServer:
             undo.callback(os.close, self._arena_fd)
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             undo.callback(os.close, self._wake)
-            self._listener = _listen(address)
+            self._listener = listen(address)
             undo.callback(self._listener.close)
             self._context = zmq.Context(1)
             undo.callback(self._context.destroy, 0)
-            self._control = _bind(self._context, address)
+            self._control = bind(self._context, address)
             undo.pop_all()
         self._poller = zmq.Poller()
         for source in (self._control, self._listener.fileno(), self._wake):
@@ -150,8 +152,12 @@ class MemoryServer:
             _check_version(hello.version)
             identity = b"c" + secrets.token_bytes(16)
             geometry = self.books.connect(identity, hello.namespace)
-        except (msgspec.MsgspecError, OSError, ConfigError, PageTooLarge) as error:
+        except (msgspec.MsgspecError, OSError, ConfigError, PageSizeRefused) as error:
             self._refuse(guest, str(error))
+            return
+        except Exception as error:
+            log.exception("could not welcome a client")
+            self._refuse(guest, f"internal error: {error!r}")
             return
         self._clients[fd] = (guest, identity)
         self._known[identity] = fd
@@ -172,8 +178,7 @@ class MemoryServer:
     def _end(self, fd: int) -> None:
         """The life line ended (or broke the silence it promised)."""
         # What the client sent before it went comes first, as far as it has arrived.
-        while self._serve(_BATCH):
-            pass
+        self._serve(_LAST_WORDS)
         life, identity = self._clients.pop(fd)
         self._poller.unregister(fd)
         del self._known[identity]
@@ -182,15 +187,14 @@ class MemoryServer:
 
     # Control messages.
 
-    def _serve(self, limit: int) -> bool:
-        """Handle up to `limit` messages that are here; True if there may be more."""
+    def _serve(self, limit: int) -> None:
+        """Handle up to `limit` messages that are here."""
         for _ in range(limit):
             try:
                 frames = self._control.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
-                return False
+                return
             self._handle(frames)
-        return True
 
     def _handle(self, frames: list[bytes]) -> None:
         identity, data = frames[0], frames[-1]
@@ -284,21 +288,3 @@ def _only_payload(frames: list[bytes]) -> bytes:
     if len(frames) != 2:
         raise ValueError(f"{len(frames)} frames instead of 2")
     return frames[1]
-
-
-def _listen(address: Address) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.setblocking(False)
-    listener.bind(address.life)
-    os.chmod(address.life, 0o600)
-    listener.listen(128)
-    return listener
-
-
-def _bind(context: zmq.Context[zmq.Socket[bytes]], address: Address) -> zmq.Socket[bytes]:
-    control = context.socket(zmq.ROUTER)
-    control.setsockopt(zmq.LINGER, 0)
-    control.setsockopt(zmq.MAXMSGSIZE, protocol.MAX_MESSAGE_BYTES)
-    control.bind(address.control)
-    os.chmod(address.control.removeprefix("ipc://"), 0o600)
-    return control

@@ -2,7 +2,7 @@
 
 import pytest
 
-from smg_sglang.memory.books import Books, PageTooLarge
+from smg_sglang.memory.books import Books, PageSizeRefused
 from smg_sglang.memory.room import DESERTED_S
 
 from .world import fresh_path, make_namespace, make_path
@@ -244,8 +244,13 @@ def test_an_id_that_is_in_use_is_refused():
 
 
 def test_a_page_that_cannot_fit_is_refused():
-    with pytest.raises(PageTooLarge, match="raise --host-gb"):
+    with pytest.raises(PageSizeRefused, match="raise --host-gb"):
         World(pages=64).connect(page_bytes=65 * 1024)
+
+
+def test_pages_too_small_to_keep_books_of_are_refused():
+    with pytest.raises(PageSizeRefused, match="too small"):
+        Books(64 << 30).connect(A, make_namespace(page_bytes=1))
 
 
 def test_namespaces_come_to_equal_shares():

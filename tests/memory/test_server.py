@@ -351,6 +351,14 @@ def test_an_error_of_ours_costs_one_answer_only(running, raw, monkeypatch):
     assert raw.ask(protocol.Ping(2)) == protocol.Ok(2)
 
 
+def test_a_path_longer_than_any_message_is_refused_by_the_client(connection):
+    path = bytes(protocol.MAX_MESSAGE_BYTES + 16)
+    with pytest.raises(MemoryUnavailable, match="this long"):
+        connection.lookup(path, 0, 5)
+    connection.touch(path)
+    connection.ping(5)
+
+
 def test_an_idle_server_uses_no_cpu(running, connection):
     usage = running.server._pretouch._thread
     eventually(lambda: running.server._pretouch.touched == 1 << 20)
