@@ -1,0 +1,154 @@
+"""Attention of a batch of requests over a paged pool, on the CPU.
+
+A pool is [slots, kv_heads, dim]; a request is a row of pool slots, in the order of its tokens, of
+which the last few are queried. Planned once a forward pass, run once a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from smg_sglang.attention import cpu, decode
+
+
+class KV(NamedTuple):
+    """Keys [tokens or slots, kv_heads, dim] and values [the same, kv_heads, v_dim]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a layer attends: scores are scale * q·k, then cap * tanh(score / cap) where cap > 0."""
+
+    scale: float
+    causal: bool = True
+    logit_cap: float = 0.0
+
+
+@dataclass
+class Request:
+    """One request: rows [begin, end) of the queries are its last positions.
+
+    slots: integer tensor [length]. first: its first slot where they are consecutive, else None.
+    mask: the causal mask, built by the first layer for the others.
+    """
+
+    begin: int
+    end: int
+    slots: torch.Tensor
+    first: int | None = None
+    mask: torch.Tensor | None = None
+
+    @property
+    def all_new(self) -> bool:
+        """Whether no position was computed before."""
+        return self.end - self.begin == len(self.slots)
+
+    def rows_of(self, pool: torch.Tensor) -> torch.Tensor:
+        """Its rows of a pool: a view where they are consecutive, else a copy."""
+        if self.first is not None:
+            return pool.narrow(0, self.first, len(self.slots))
+        return pool.index_select(0, self.slots)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What the layers of a forward pass share.
+
+    single: the requests with one query, which are answered together; `decode` plans them, in this
+    order, and single_rows holds their query rows, None where those are all rows in order.
+    longer: the others that have any query.
+    """
+
+    single: list[Request]
+    longer: list[Request]
+    single_rows: torch.Tensor | None
+    decode: decode.DecodePlan
+
+
+def plan_batch(slots: Sequence[torch.Tensor], new: Sequence[int]) -> BatchPlan:
+    """Plan for requests whose tokens are in these slots, the last `new` of each queried."""
+    ends = np.cumsum(np.asarray(new, dtype=np.int64)).tolist()
+    requests = [
+        Request(end - count, end, row) for row, count, end in zip(slots, new, ends, strict=True)
+    ]
+    single = [request for request in requests if request.end - request.begin == 1]
+    longer = [request for request in requests if request.end - request.begin > 1]
+    for request in longer:
+        request.first = _first_of_run(request.slots.numpy())
+    rows = torch.tensor([request.begin for request in single], dtype=torch.int64)
+    plan = decode.plan_decode([request.slots.numpy() for request in single])
+    return BatchPlan(single, longer, rows if longer else None, plan)
+
+
+def _first_of_run(slots: npt.NDArray[np.integer]) -> int | None:
+    if slots[-1] - slots[0] == len(slots) - 1 and (np.diff(slots) == 1).all():
+        return int(slots[0])
+    return None
+
+
+def attend_pool(q: torch.Tensor, pool: KV, plan: BatchPlan, rule: Rule, out: torch.Tensor) -> None:
+    """Fill out [N, q_heads, v_dim] with the attention of q [N, q_heads, dim] over the pool.
+
+    The pool already holds the new tokens. Its dtype may differ from the queries': what is read is
+    converted then.
+    """
+    if plan.single:
+        _attend_single(q, pool, plan, rule, out)
+    for request in plan.longer:
+        _attend_one(request, q, _read(request, pool, q.dtype), rule, out)
+
+
+def attend_new(q: torch.Tensor, new: KV, plan: BatchPlan, rule: Rule, out: torch.Tensor) -> None:
+    """Fill out where no request has a prefix: `new` [N, ...] holds all keys and values."""
+    for request in plan.single + plan.longer:
+        mine = slice(request.begin, request.end)
+        _attend_one(request, q, KV(new.k[mine], new.v[mine]), rule, out)
+
+
+def _attend_one(request: Request, q: torch.Tensor, kv: KV, rule: Rule, out: torch.Tensor) -> None:
+    mine = slice(request.begin, request.end)
+    new, keys = request.end - request.begin, kv.k.shape[0]
+    if rule.causal and request.mask is None and 1 < new < keys and new <= cpu.MASKED_QUERIES:
+        request.mask = cpu.causal_mask(new, keys, q.shape[1] // kv.k.shape[1], q.dtype)
+    state = cpu.attend(
+        q[mine],
+        kv.k,
+        kv.v,
+        scale=rule.scale,
+        causal=rule.causal,
+        logit_cap=rule.logit_cap,
+        mask=request.mask,
+    )
+    out[mine] = state.out
+
+
+def _attend_single(
+    q: torch.Tensor, pool: KV, plan: BatchPlan, rule: Rule, out: torch.Tensor
+) -> None:
+    """Requests with one query: it sees every key, so causal or not is the same."""
+    if not decode.supports(q, pool.k, pool.v):
+        for request in plan.single:
+            _attend_one(request, q, _read(request, pool, q.dtype), rule, out)
+        return
+    rows = slice(len(plan.single)) if plan.single_rows is None else plan.single_rows
+    state = decode.attend_slots(
+        q[rows], pool.k, pool.v, plan.decode, scale=rule.scale, logit_cap=rule.logit_cap
+    )
+    out[rows] = state.out.to(out.dtype)
+
+
+def _read(request: Request, pool: KV, dtype: torch.dtype) -> KV:
+    """The request's keys and values; MLA's values stay a view of the keys they are part of."""
+    k = request.rows_of(pool.k).to(dtype)
+    if pool.v.data_ptr() == pool.k.data_ptr():
+        return KV(k, k[..., : pool.v.shape[2]])
+    return KV(k, request.rows_of(pool.v).to(dtype))
