@@ -46,6 +46,11 @@ class SmgConfig(msgspec.Struct, frozen=True, kw_only=True):
     lookup_timeout_ms: float = 20.0
     allow_untested_sglang: bool = False
 
+    @classmethod
+    def from_builtins(cls, values: dict[str, Any]) -> SmgConfig:
+        """The inverse of `to_builtins`."""
+        return msgspec.convert(values, cls)
+
     def to_builtins(self) -> dict[str, Any]:
         """Plain values, as shown by `/server_info` and handed to the workers."""
         result: dict[str, Any] = msgspec.to_builtins(self)

@@ -97,7 +97,8 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
             self.tier.spill(
                 self._path(node_id),
                 self._path_slots(node_id),
-                self.cache_linker.spill_events(),
+                own_slots=transfers[0].device_indices.numel(),
+                ready=self.cache_linker.spill_events(),
             )
         except BaseException:
             self.cache.dec_lock_ref(node_id, lock)

@@ -221,16 +221,19 @@ class HostTier:
 
     # ---- spill: device pages to host memory ----
 
-    def spill(self, path: bytes, slots: torch.Tensor, ready: Sequence[Event] = ()) -> None:
+    def spill(
+        self, path: bytes, slots: torch.Tensor, own_slots: int, ready: Sequence[Event] = ()
+    ) -> None:
         """Copy in the background what host memory lacks of `path`. Each call completes, in order.
 
         Args:
             path: page keys from the root.
             slots: int64, device slots of all tokens of the path; they must stay as they are until
                 the completion is popped.
+            own_slots: how many of them are not on the path of an earlier spill.
             ready: device events after which the slots hold the KV.
         """
-        self._spills.submit(path, slots, ready)
+        self._spills.submit(path, slots, ready, new_slots=own_slots)
 
     def spill_now(self, path: bytes, slots: torch.Tensor) -> bool:
         """Copy what host memory lacks of `path` before returning (write-back: the slots are next
@@ -245,15 +248,28 @@ class HostTier:
         began = reservation.have * self._page_size
         ended = began + len(reservation.pages) * self._page_size
         if ended > began:
-            move = self._mover.prepare(
-                slots[began:ended], reservation.arena.buffer, reservation.offsets
-            )
-            self._mover.spill(move)
+            started = time.perf_counter()
+            try:
+                move = self._mover.prepare(
+                    slots[began:ended], reservation.arena.buffer, reservation.offsets
+                )
+                # On a GPU the forward that wrote the slots may still run: the copy comes after it.
+                self._mover.spill(move, after=self._mover.fence())
+            except BaseException:
+                connection.abandon(reservation)
+                raise
             connection.publish(reservation)
-            self._spills.counters.pages += move.num_pages
+            self._count_spill(move.num_pages, time.perf_counter() - started)
         if ended < slots.numel():
             return self._dropped("memory_full", (slots.numel() - ended) // self._page_size)
         return True
+
+    def _count_spill(self, pages: int, seconds: float) -> None:
+        # Write-back leaves the spill thread idle, so its counters have one writer here too.
+        counters = self._spills.counters
+        counters.pages += pages
+        counters.bytes += pages * self._mover.layout.page_bytes
+        counters.seconds += seconds
 
     def _dropped(self, reason: str, pages: int) -> bool:
         self.counters.dropped_pages[reason] += pages

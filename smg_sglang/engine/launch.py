@@ -40,7 +40,7 @@ def start_memory(server_args: Any) -> None:
     choice = getattr(server_args, ATTRIBUTE, None)
     if choice is None or "address" in choice:
         return
-    config = SmgConfig(**choice["config"])
+    config = SmgConfig.from_builtins(choice["config"])
     if config.memory_address is not None:
         choice["address"] = config.memory_address
         logger.info("smg: attaching to the memory server at %s", config.memory_address)

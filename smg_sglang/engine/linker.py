@@ -56,7 +56,7 @@ class SmgLinker(UnifiedCacheLinker):
         )
         self.forward_stream = forward_stream
         self.tier = HostTier(
-            SmgConfig(**extra_config),
+            SmgConfig.from_builtins(extra_config),
             getattr(server_args, ATTRIBUTE)["address"],
             namespace,
             pool,

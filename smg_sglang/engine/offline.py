@@ -1,4 +1,4 @@
-"""`smg_sglang.Engine`: SGLang's offline engine with our keyword arguments."""
+"""`smg_sglang.engine.Engine`: SGLang's offline engine with our keyword arguments."""
 
 from __future__ import annotations
 

@@ -31,11 +31,15 @@ class Event(Protocol):
 
 
 class SpillDropped(Exception):
-    """Raised by `reserve` when a job is not to be spilled. ``reason`` is what it is counted by."""
+    """A job, or its last ``pages``, is not to be spilled; ``reason`` is what it is counted by.
 
-    def __init__(self, reason: str) -> None:
+    Raised by `reserve` without ``pages``: all that the job adds.
+    """
+
+    def __init__(self, reason: str, pages: int | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.pages = pages
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class SpillTarget(Generic[Handle]):
 @dataclass
 class SpillCounters:
     """Totals since start. ``seconds``: time spent copying, without reserve and publish.
-    ``dropped``: jobs that completed with False, by reason."""
+    ``dropped``: pages that were not copied, by reason."""
 
     jobs: int = 0
     pages: int = 0
@@ -73,6 +77,7 @@ class _Job(Generic[Key]):
     key: Key
     slots: torch.Tensor
     ready: tuple[Event, ...]
+    new_slots: int
     dropped: str | None = None
 
     @property
@@ -124,22 +129,31 @@ class SpillQueue(Generic[Key, Handle]):
         self._thread = threading.Thread(target=self._run, name="smg-spill", daemon=True)
         self._thread.start()
 
-    def submit(self, key: Key, slots: torch.Tensor, ready: Sequence[Event] = ()) -> None:
+    def submit(
+        self,
+        key: Key,
+        slots: torch.Tensor,
+        ready: Sequence[Event] = (),
+        new_slots: int | None = None,
+    ) -> None:
         """Queue a job; every submitted job completes, in this order.
 
         Args:
             key: passed to `reserve`.
             slots: int64 [n * page_size] on the pool's device.
             ready: events after which the slots hold the KV.
+            new_slots: how many of them no waiting job has (default: all). Jobs that share a prefix
+                lock it once, so this is what counts against ``max_waiting_pages``.
         """
+        new_slots = slots.numel() if new_slots is None else new_slots
         with self._changed:
             if self._closed:
-                self.counters.dropped["closed"] += 1
+                self.counters.dropped["closed"] += new_slots // self._mover.layout.page_size
                 self._completed.append(False)
                 return
-            refused = None if self._has_room(slots.numel()) else "queue_full"
-            self._jobs.append(_Job(key, slots, tuple(ready), refused))
-            self._waiting_slots += slots.numel()
+            refused = None if self._has_room(new_slots) else "queue_full"
+            self._jobs.append(_Job(key, slots, tuple(ready), new_slots, refused))
+            self._waiting_slots += new_slots
             self._changed.notify_all()
 
     @property
@@ -183,12 +197,12 @@ class SpillQueue(Generic[Key, Handle]):
                 self._spill(job)
                 success = True
             except SpillDropped as dropped:
-                success = self._drop(dropped.reason)
+                success = self._drop(job, dropped.reason, dropped.pages)
             except MemoryUnavailable:
-                success = self._drop("unavailable")
+                success = self._drop(job, "unavailable")
             except Exception:
                 logger.exception("a spill failed; its pages stay on the device only")
-                success = self._drop("error")
+                success = self._drop(job, "error")
             self._complete(job, success)
 
     def _next_job(self) -> _Job[Key] | None:
@@ -202,13 +216,14 @@ class SpillQueue(Generic[Key, Handle]):
     def _complete(self, job: _Job[Key], success: bool) -> None:
         with self._changed:
             self.counters.jobs += 1
-            self._waiting_slots -= job.num_slots
+            self._waiting_slots -= job.new_slots
             self._completed.append(success)
             self._busy = False
             self._changed.notify_all()
 
-    def _drop(self, reason: str) -> bool:
-        self.counters.dropped[reason] += 1
+    def _drop(self, job: _Job[Key], reason: str, pages: int | None = None) -> bool:
+        new_pages = job.new_slots // self._mover.layout.page_size
+        self.counters.dropped[reason] += new_pages if pages is None else pages
         return False
 
     def _spill(self, job: _Job[Key]) -> None:
@@ -227,7 +242,7 @@ class SpillQueue(Generic[Key, Handle]):
             raise
         self._publish(target.handle)
         if end * page_size < job.num_slots:
-            raise SpillDropped("memory_full")
+            raise SpillDropped("memory_full", job.num_slots // page_size - end)
 
     def _copy(self, slots: torch.Tensor, target: SpillTarget[Handle]) -> None:
         if not len(target.offsets):

@@ -1,4 +1,4 @@
-"""The offline engine: `smg_sglang.Engine`, and SGLang's own with SMG_ENABLE=1."""
+"""The offline engine: `smg_sglang.engine.Engine`, and SGLang's own with SMG_ENABLE=1."""
 
 import subprocess
 import sys
@@ -33,10 +33,10 @@ PROGRAM = """
 @pytest.mark.parametrize(
     ("imports", "kwargs", "env"),
     [
-        ("from smg_sglang import Engine", "enable_smg=True, smg_host_gb=0.25", {}),
+        ("from smg_sglang.engine import Engine", "enable_smg=True, smg_host_gb=0.25", {}),
         ("from sglang import Engine", "", {"SMG_ENABLE": "1", "SMG_HOST_GB": "0.25"}),
     ],
-    ids=["smg_sglang.Engine", "environment"],
+    ids=["smg_sglang.engine.Engine", "environment"],
 )
 def test_the_engine_remembers_in_host_memory(tiny_model, tmp_path, imports, kwargs, env):
     import os
