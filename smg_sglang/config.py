@@ -1,18 +1,16 @@
-"""What an operator can choose, with its defaults, and how much host memory the box can spare."""
+"""What an operator can choose, with its defaults."""
 
 from __future__ import annotations
 
 import os
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 
+from smg_sglang.box import GIB, box_memory
 from smg_sglang.errors import ConfigError
 
-GIB = 1 << 30
 #: The share of the memory that is free at start which the host tier takes by default. On a CPU
 #: the device pool and the weights come out of the same DRAM, hence the smaller share.
 DEFAULT_SHARE = {"cuda": 0.5, "cpu": 0.25}
@@ -117,7 +115,7 @@ def check_address(address: str) -> str:
 
 def check_host_gb(host_gb: float | None, device: str) -> float:
     """The size of an embedded memory server in GiB: as asked for, or the default share."""
-    available = available_bytes() / GIB
+    available = box_memory().available / GIB
     if host_gb is None:
         host_gb = round(available * DEFAULT_SHARE.get(device, 0.25), 2)
         if host_gb < MIN_HOST_GB:
@@ -134,30 +132,6 @@ def check_host_gb(host_gb: float | None, device: str) -> float:
             "this machine (or in this container); choose a smaller size."
         )
     return host_gb
-
-
-def available_bytes() -> int:
-    """Bytes that can still be used: what the machine has free, within the cgroup's limit."""
-    free = int(psutil.virtual_memory().available)
-    limit, used = _cgroup_memory()
-    return free if limit is None else max(0, min(free, limit - used))
-
-
-def _cgroup_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int]:
-    """(limit or None, bytes in use) of this process's memory cgroup, v2 first, then v1."""
-    for limit_file, usage_file in (
-        (root / "memory.max", root / "memory.current"),
-        (root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit = limit_file.read_text().strip()
-            used = int(usage_file.read_text())
-        except (OSError, ValueError):
-            continue
-        # v1 writes a huge number for "no limit".
-        if limit != "max" and int(limit) < 1 << 60:
-            return int(limit), used
-    return None, 0
 
 
 def config_from_env() -> dict[str, Any] | None:

@@ -38,13 +38,6 @@ def _quota_v1(cgroup: Path) -> tuple[str, str] | None:
     return (quota, period) if quota and period else None
 
 
-def memory_limit(cgroup: Path = _CGROUP) -> int | None:
-    """Bytes of memory the cgroup allows, None where it is unlimited."""
-    value = _read(cgroup / "memory.max") or _read(cgroup / "memory" / "memory.limit_in_bytes")
-    # v1 says "unlimited" with a number near 2**63.
-    return int(value) if value and value.isdigit() and int(value) < 1 << 60 else None
-
-
 def _read(path: Path) -> str | None:
     try:
         return path.read_text().strip()

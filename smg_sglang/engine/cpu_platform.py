@@ -15,6 +15,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
+from smg_sglang.box import box_memory
 from smg_sglang.engine import cpu_cores
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,7 @@ class SmgCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_device_total_memory(self, device_id: int = 0) -> int:
         """Bytes of RAM this process may use, a container's limit included."""
-        total = super().get_device_total_memory(device_id)
-        return min(total, cpu_cores.memory_limit() or total)
+        return box_memory().total
 
     def get_default_attention_backend(self) -> str:
         """Ours where the plugin has registered it, else torch's own."""

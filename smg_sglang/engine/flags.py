@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_PAGE_SIZE = 16
+#: SGLang's `--mem-fraction-static` on a CPU, where nobody has said how large the pool should be.
+CPU_MEM_FRACTION = 0.5
 #: Where a record of arguments carries our choice: an underscored attribute survives SGLang's
 #: resolution and its pickling to the workers (`ServerArgs.__reduce__`).
 ATTRIBUTE = "_smg"
@@ -139,6 +141,7 @@ def configure(server_args: ServerArgs, given: Mapping[str, Any], origin: str) ->
     _refuse_flags(server_args)
     if server_args.page_size is None:
         server_args.page_size = config.page_size
+    _leave_room(server_args, config)
     server_args.enable_unified_cache_external_linker = True
     server_args.unified_cache_external_linker_backend = "dynamic"
     # Also what /server_info shows as our configuration.
@@ -149,6 +152,14 @@ def configure(server_args: ServerArgs, given: Mapping[str, Any], origin: str) ->
     }
     setattr(server_args, ATTRIBUTE, {"origin": origin, "config": config.to_builtins()})
     return config
+
+
+def _leave_room(server_args: ServerArgs, config: SmgConfig) -> None:
+    """On a CPU the device pool and the host tier come out of the same DRAM; SGLang would take
+    nearly all of it for the pool."""
+    chosen = server_args.mem_fraction_static is not None or server_args.max_total_tokens is not None
+    if _device_kind(server_args) == "cpu" and config.host_gb is not None and not chosen:
+        server_args.mem_fraction_static = CPU_MEM_FRACTION
 
 
 def is_enabled(server_args: Any) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-
 L = TypeVar("L")
 """A lease; opaque here."""
 

@@ -45,7 +45,7 @@ def start_memory(server_args: Any) -> None:
         choice["address"] = config.memory_address
         logger.info("smg: attaching to the memory server at %s", config.memory_address)
         return
-    from smg_sglang.config import GIB
+    from smg_sglang.box import GIB
     from smg_sglang.memory.process import MemoryProcess
 
     assert config.host_gb is not None

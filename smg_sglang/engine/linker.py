@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mem_cache.hicache_storage import PoolName
@@ -16,6 +17,7 @@ from smg_sglang.errors import ConfigError
 from smg_sglang.memory.namespace import Namespace
 from smg_sglang.metrics import TierMetrics
 from smg_sglang.transfer.layout import DevicePool
+from smg_sglang.transfer.mover import BeforeCopy, random_delay
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -61,6 +63,7 @@ class SmgLinker(UnifiedCacheLinker):
             namespace,
             pool,
             forward_streams=() if forward_stream is None else (forward_stream,),
+            before_copy=_test_delay(),
         )
         self.layer_done_counter = self.tier.layer_counter
         self.pools = {PoolName.KV: pool}
@@ -106,6 +109,12 @@ class SmgLinker(UnifiedCacheLinker):
         if self._metrics is not None:
             self._metrics.close()
         self.tier.close()
+
+
+def _test_delay() -> BeforeCopy | None:
+    """For stress tests: SMG_TEST_COPY_DELAY_MS delays every copy by up to that long, at random."""
+    milliseconds = float(os.environ.get("SMG_TEST_COPY_DELAY_MS", "0"))
+    return random_delay(milliseconds / 1000) if milliseconds > 0 else None
 
 
 def device_pool(kvcache: Any, page_size: int) -> DevicePool:

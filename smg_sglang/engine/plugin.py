@@ -62,10 +62,6 @@ def _register_worker_hooks(hook: Callable[..., None], kind: Any) -> None:
 
 
 def _register_attention() -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("smg_sglang.engine.attention_backend") is None:
-        return
     from smg_sglang.engine import attention_backend
 
     attention_backend.register()

@@ -5,9 +5,9 @@ import logging
 import math
 import sys
 
+from smg_sglang.box import GIB, box_memory
 from smg_sglang.errors import ConfigError
 from smg_sglang.memory.address import Address
-from smg_sglang.memory.box import GIB, box_memory
 from smg_sglang.memory.server import run_server
 
 

@@ -9,8 +9,8 @@ import tempfile
 import threading
 import time
 
+from smg_sglang.box import GIB, check_host_bytes
 from smg_sglang.errors import ConfigError
-from smg_sglang.memory.box import GIB, check_host_bytes
 from smg_sglang.memory.server import READY
 
 log = logging.getLogger(__name__)

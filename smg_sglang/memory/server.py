@@ -13,12 +13,12 @@ import time
 import msgspec
 import zmq
 
+from smg_sglang.box import GIB, check_host_bytes
 from smg_sglang.errors import ConfigError
 from smg_sglang.memory import protocol
 from smg_sglang.memory.address import Address, peer_uid
 from smg_sglang.memory.arena import create_memfd
 from smg_sglang.memory.books import Books, PageSizeRefused
-from smg_sglang.memory.box import GIB, check_host_bytes
 from smg_sglang.memory.desk import Desk
 from smg_sglang.memory.pretouch import Pretouch
 from smg_sglang.memory.sockets import bind, listen

@@ -1,35 +1,25 @@
-from types import SimpleNamespace
-
 import pytest
 
 from smg_sglang import config
-from smg_sglang.config import GIB, WritePolicy, make_config
+from smg_sglang.box import GIB, BoxMemory
+from smg_sglang.config import WritePolicy, make_config
 from smg_sglang.errors import ConfigError
 
 
+def free(monkeypatch, gib):
+    monkeypatch.setattr(config, "box_memory", lambda: BoxMemory(2 * gib * GIB, gib * GIB))
+
+
 def test_the_default_host_size_is_a_share_of_what_is_free(monkeypatch):
-    monkeypatch.setattr(config, "available_bytes", lambda: 40 * GIB)
+    free(monkeypatch, 40)
     assert make_config(device="cpu").host_gb == 10
     assert make_config(device="cuda").host_gb == 20
 
 
-def test_the_cgroup_limit_counts(monkeypatch):
-    monkeypatch.setattr(
-        config.psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * GIB)
-    )
-    monkeypatch.setattr(config, "_cgroup_memory", lambda: (8 * GIB, 6 * GIB))
-    assert config.available_bytes() == 2 * GIB
-    with pytest.raises(ConfigError, match="more than the 2.0 GiB that are free"):
+def test_more_than_is_free_is_refused(monkeypatch):
+    free(monkeypatch, 2)
+    with pytest.raises(ConfigError, match=r"more than the 2\.0 GiB that are free"):
         make_config(host_gb=3)
-
-
-@pytest.mark.parametrize(
-    ("limit", "expected"), [("max\n", None), ("1073741824\n", GIB), (f"{1 << 62}\n", None)]
-)
-def test_cgroup_v2_files_are_read(tmp_path, limit, expected):
-    (tmp_path / "memory.max").write_text(limit)
-    (tmp_path / "memory.current").write_text("4096\n")
-    assert config._cgroup_memory(tmp_path)[0] == expected
 
 
 @pytest.mark.parametrize(

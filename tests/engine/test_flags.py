@@ -12,6 +12,8 @@ def make_args(**changes):
     fields = {
         "page_size": None,
         "device": "cpu",
+        "mem_fraction_static": None,
+        "max_total_tokens": None,
         "enable_hierarchical_cache": False,
         "hicache_storage_backend": None,
         "enable_lmcache": False,
@@ -47,6 +49,14 @@ def test_the_flag_selects_our_linker_and_a_page_size():
     config = record.unified_cache_external_linker_config
     assert config["linker_extra_config"]["host_gb"] == 0.5
     assert flags.is_enabled(record)
+
+
+def test_on_a_cpu_the_pool_leaves_room_for_the_host_tier():
+    default, chosen = make_args(), make_args(max_total_tokens=4096)
+    for record in (default, chosen):
+        flags.configure(record, {"host_gb": 0.5}, origin="cli")
+    assert default.mem_fraction_static == flags.CPU_MEM_FRACTION
+    assert chosen.mem_fraction_static is None
 
 
 def test_sglangs_own_page_size_wins():

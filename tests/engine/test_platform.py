@@ -188,11 +188,3 @@ def test_the_quota_of_cgroup_v1_is_read(tmp_path, text, quota):
 def test_a_quota_below_one_core_still_leaves_one(tmp_path):
     (tmp_path / "cpu.max").write_text("50000 100000")
     assert len(cpu_cores.usable_cores(tmp_path)) == 1
-
-
-def test_a_memory_limit_counts_only_where_there_is_one(tmp_path):
-    assert cpu_cores.memory_limit(tmp_path) is None
-    (tmp_path / "memory.max").write_text("max")
-    assert cpu_cores.memory_limit(tmp_path) is None
-    (tmp_path / "memory.max").write_text(str(8 << 30))
-    assert cpu_cores.memory_limit(tmp_path) == 8 << 30

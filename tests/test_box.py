@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from smg_sglang.memory.box import box_memory
+from smg_sglang.box import box_memory
 
 GIB = 1 << 30
 
