@@ -1,5 +1,7 @@
 """What is wrong is said in one sentence, before anything starts; what is off changes nothing."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -34,22 +36,13 @@ def test_a_wrong_flag_ends_at_once(tiny_model, args, says):
 
 
 def test_a_sliding_window_hybrid_is_refused_by_name(tiny_model, tmp_path):
-    """Only the configuration is read, so a few numbers make a Gemma-3 of it."""
-    import json
-    import shutil
-
+    """SGLang lets a model say in its configuration that it is one; only that is read."""
     for file in tiny_model.iterdir():
         shutil.copy(file, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config |= {
-        "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
-        "sliding_window": 128,
-        "sliding_window_pattern": 2,
-        "query_pre_attn_scalar": 64,
-    }
+    config |= {"is_hybrid_swa": True, "sliding_window": 128, "hybrid_layer_pattern": [0, 1, 0, 1]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with nothing_left_behind():
         end = launch(str(tmp_path), "--enable-smg", "--smg-host-gb", "0.25")
     assert end.returncode == 2, end.stderr[-2000:]
-    assert "smg: sliding-window hybrid models" in end.stderr
+    assert "smg: sliding-window hybrid models (LlamaForCausalLM)" in end.stderr

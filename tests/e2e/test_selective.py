@@ -1,4 +1,7 @@
-"""selective: a prefix is copied on its second use. Page size 1, mixed chunks."""
+"""selective: a prefix is copied on its second use. Page size 1, mixed chunks, late copies."""
+
+import random
+from concurrent.futures import ThreadPoolExecutor
 
 from tests.e2e.conftest import PROMPTS, details, eventually, smg_state
 from tests.e2e.test_host_tier import answers, ids, storm
@@ -7,6 +10,8 @@ SERVER_ARGS = (
     *("--smg-write-policy", "selective", "--page-size", "1"),
     *("--enable-mixed-chunk", "--schedule-policy", "lpm"),
 )
+#: Every copy starts up to this late, so that a missing wait shows as a wrong text.
+SERVER_ENV = {"SMG_TEST_COPY_DELAY_MS": "10"}
 
 
 def test_a_prefix_is_kept_on_its_second_use(server):
@@ -24,3 +29,18 @@ def test_a_prefix_is_kept_on_its_second_use(server):
 def test_texts_are_stocks(server, reference):
     for _ in range(2):
         assert ids(answers(server)) == reference
+
+
+def test_texts_are_stocks_while_others_are_aborted(server, reference):
+    with ThreadPoolExecutor(8) as pool:
+        rng = random.Random(3)
+        work = [rng.randrange(len(PROMPTS)) for _ in range(40)]
+        futures = [
+            pool.submit(server.generate, PROMPTS[i], 12, rid=f"r{n}") for n, i in enumerate(work)
+        ]
+        for n in range(0, 40, 3):
+            server.post("/abort_request", rid=f"r{n}")
+        for n, (i, future) in enumerate(zip(work, futures, strict=True)):
+            result = future.result()
+            if result["meta_info"]["finish_reason"]["type"] != "abort":
+                assert result["output_ids"] == reference[i], n
