@@ -1,0 +1,70 @@
+"""Our hooks as SGLang would have them, and SGLang as it is and as it would be."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections import defaultdict
+from types import ModuleType
+
+import pytest
+
+from . import upstream
+
+
+class Hooks:
+    """What `plugin.register()` registers, by target, and a way to wrap something in it."""
+
+    def __init__(self, by_target: dict[str, list]) -> None:
+        self.by_target = by_target
+
+    def wrap(self, target: str, original):
+        """`original` as `HookRegistry.apply_hooks` would leave it."""
+        from sglang.srt.plugins.hook_registry import _wrap_fn
+
+        for kind, function in self.by_target.get(f"sglang.srt.{target}", ()):
+            original = _wrap_fn(original, function, kind)
+        return original
+
+    def apply(self, target: str, cls: type, *names: str) -> None:
+        """Wrap methods of a class, static and class methods as what they are."""
+        for name in names:
+            raw = vars(cls)[name]
+            wrapped = self.wrap(f"{target}.{name}", getattr(raw, "__func__", raw))
+            kept = type(raw) if isinstance(raw, staticmethod | classmethod) else lambda f: f
+            setattr(cls, name, kept(wrapped))
+
+
+@pytest.fixture
+def hooks(monkeypatch) -> Hooks:
+    """The hooks of the main process and of a worker."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from smg_sglang.engine import plugin
+
+    by_target = defaultdict(list)
+    monkeypatch.setattr(
+        HookRegistry,
+        "register",
+        lambda target, hook, kind, **_: by_target[target].append((kind, hook)),
+    )
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: None)
+    monkeypatch.setitem(
+        sys.modules,
+        "sglang.srt.managers.scheduler",
+        sys.modules.get("sglang.srt.managers.scheduler", ModuleType("stand_in")),
+    )
+    plugin.register()
+    return Hooks(by_target)
+
+
+@pytest.fixture
+def stock(tmp_path, monkeypatch) -> upstream.Source:
+    """SGLang as installed."""
+    return upstream.Source(tmp_path / "nothing", monkeypatch)
+
+
+@pytest.fixture
+def patched(tmp_path, monkeypatch) -> upstream.Source:
+    """SGLang with all our patches."""
+    return upstream.Source(upstream.apply(upstream.PATCHES, tmp_path), monkeypatch)

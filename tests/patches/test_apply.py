@@ -1,0 +1,78 @@
+"""The patches apply to the SGLang that is installed, and each hook has its patch."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+
+from smg_sglang import TESTED_SGLANG
+
+from . import upstream
+
+#: Hook target -> the patch that would make the hook unnecessary.
+PATCH_OF = {
+    "server_args.ServerArgs.add_cli_args": "0005",
+    "server_args.ServerArgs.from_cli_args": "0005",
+    "server_args.ServerArgs.resolve_once": "0005",
+    "server_args.ServerArgs.check_server_args": "0005",
+    "entrypoints.engine.Engine._launch_scheduler_processes": "0002",
+    "utils.common.kill_process_tree": "0002",
+    "mem_cache.registry.create_unified_radix_cache": "0001",
+    "managers.scheduler_components.internal_state.SchedulerInternalStateController"
+    ".get_internal_state": "0003",
+    **{
+        f"managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.{name}": "0004"
+        for name in (
+            *(
+                f"update_weights_from_{source}"
+                for source in ("disk", "distributed", "tensor", "ipc")
+            ),
+            "begin_weight_update",
+            "end_weight_update",
+        )
+    },
+    # Needs none: SGLang calls `checkpoint` of the cache with each request it has prefilled.
+    "managers.schedule_batch.ScheduleBatch.prepare_for_extend": None,
+}
+by_name = pytest.mark.parametrize("patch", upstream.PATCHES, ids=lambda patch: patch.stem)
+
+
+def test_the_patches_are_for_the_version_that_is_supported():
+    import sglang
+
+    assert sglang.__version__ == upstream.VERSION
+    assert upstream.VERSION in TESTED_SGLANG
+
+
+def test_every_hook_has_a_patch_and_every_patch_a_hook(hooks):
+    targets = {target.removeprefix("sglang.srt.") for target in hooks.by_target}
+    assert targets <= PATCH_OF.keys(), "add a patch, and its hook to PATCH_OF"
+    needed = {PATCH_OF[target] for target in targets} - {None}
+    assert needed == {patch.name[:4] for patch in upstream.PATCHES}
+
+
+@by_name
+def test_a_patch_applies_alone_and_is_python(patch, tmp_path):
+    python = upstream.apply([patch], tmp_path)
+    for file in upstream.files_of(patch):
+        ast.parse((python / file).read_text())
+
+
+def test_the_patches_apply_one_after_another(tmp_path):
+    upstream.apply(upstream.PATCHES, tmp_path)
+
+
+@by_name
+def test_a_patch_gives_its_reason(patch):
+    head = patch.read_text().partition("\n---\n")[0]
+    assert re.search(r"^Subject: \[PATCH\] \[\w+\] \S", head, re.MULTILINE)
+    assert len(head.partition("\n\n")[2].split()) > 30
+
+
+@by_name
+def test_a_patch_is_small(patch):
+    added = [line for line in patch.read_text().splitlines() if re.match(r"\+(?!\+\+)", line)]
+    assert len(added) <= 70
+    assert max(map(len, added)) <= 89
