@@ -68,3 +68,9 @@ def stock(tmp_path, monkeypatch) -> upstream.Source:
 def patched(tmp_path, monkeypatch) -> upstream.Source:
     """SGLang with all our patches."""
     return upstream.Source(upstream.apply(upstream.PATCHES, tmp_path), monkeypatch)
+
+
+@pytest.fixture
+def sglangs(hooks, stock, patched) -> tuple[Hooks, upstream.Source, upstream.Source]:
+    """The hooks, and what to compare."""
+    return hooks, stock, patched

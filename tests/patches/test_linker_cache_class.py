@@ -91,9 +91,9 @@ def build(source, monkeypatch, wrap, *, linker, marked):
         ("Ours", True, (SmgCache, "Ours")),
     ],
 )
-def test_hook_and_patch_build_the_same_cache(
-    hooks, stock, patched, monkeypatch, linker, marked, expected
-):
+def test_hook_and_patch_build_the_same_cache(sglangs, monkeypatch, linker, marked, expected):
+    hooks, stock, patched = sglangs
+
     def hooked(function):
         return hooks.wrap("mem_cache.registry.create_unified_radix_cache", function)
 

@@ -80,8 +80,9 @@ def kill(source, events, names, wrap, parent_pid):
     [(None, ["retired", "killed"]), (os.getpid(), ["retired", "killed"]), (1 << 30, ["killed"])],
 )
 def test_hook_and_patch_retire_it_only_where_this_process_kills_its_own_children(
-    hooks, stock, patched, events, parent_pid, expected
+    sglangs, events, parent_pid, expected
 ):
+    hooks, stock, patched = sglangs
     kill(stock, events, {}, lambda f: hooks.wrap("utils.common.kill_process_tree", f), parent_pid)
     hooked = events.copy()
     events.clear()
