@@ -10,12 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
     ExternalCacheHitMarker,
     UnifiedCacheLinker,
     UnifiedCacheLinkerWrapper,
 )
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from smg_sglang.config import WritePolicy
 from smg_sglang.engine.linker import SmgLinker
@@ -116,6 +118,22 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
         """Write-back: copy a leaf, and what the host level lacks above it, before its slots go."""
         self.tier.spill_now(self._path(node_id), self._path_slots(node_id))
 
+    def spill_retracted(self, req: Any) -> None:
+        """Copy the whole pages of a request that is about to lose its slots, so that it is a host
+        hit when it resumes. The tree is left alone: its locks would keep memory that is wanted now.
+        """
+        req.refresh_fill_ids()
+        # The KV of the newest token may still be on its way.
+        known = min(len(req.full_untruncated_fill_ids), req.owned_kv_len()) - 1
+        page = self.cache.page_size
+        if known < page or req.skip_radix_cache_insert:
+            return
+        tokens = req.full_untruncated_fill_ids[: known // page * page]
+        key = RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt)
+        path = keys_from_hex(get_storage_hash_str(key, None, page_size=page))
+        row = self.cache.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : len(tokens)]
+        self.tier.spill_now(path, row.to(torch.int64))
+
     def _path_slots(self, node_id: int) -> torch.Tensor:
         """Device slots int64 of every token on the path from the root."""
         core = self.cache.tree_core
@@ -129,6 +147,11 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
         super().release_request(rid)
         self.tier.forget(rid)
 
+    def release_finished(self, rid: str) -> None:
+        """Drop what a request found and never loaded: a later chunk of it may have looked again."""
+        self.hit_markers.pop(rid, None)
+        self.tier.forget(rid)
+
 
 class SmgRadixCache(UnifiedRadixCache):
     """The device level. `host_tier` is what `/server_info` and weight updates reach for."""
@@ -140,6 +163,16 @@ class SmgRadixCache(UnifiedRadixCache):
     def init_cache_linker(self, cache_linker: UnifiedCacheLinker) -> None:
         assert isinstance(cache_linker, SmgLinker)
         self.linker = SmgLinkerWrapper(self, cache_linker)
+
+    def on_release(self, req: Any, *, checkpointed: bool) -> None:
+        super().on_release(req, checkpointed=checkpointed)
+        if isinstance(self.linker, SmgLinkerWrapper):
+            self.linker.release_finished(req.rid)
+
+    def before_retraction(self, req: Any) -> None:
+        """The request is about to lose its slots, and will resume."""
+        if isinstance(self.linker, SmgLinkerWrapper) and req.kv.holds_kv and not req.finished():
+            self.linker.spill_retracted(req)
 
     def _evict_device_leaf(self, node_id: int, tracker: Any) -> Any:
         tier = self.host_tier

@@ -53,6 +53,7 @@ def _register_worker_hooks(hook: Callable[..., None], kind: Any) -> None:
         _around_prepare_for_extend,
         kind.AROUND,
     )
+    hook("managers.schedule_batch.release_req", _before_release_req, kind.BEFORE)
     for source in ("disk", "distributed", "tensor", "ipc"):
         hook(
             f"{parts}.weight_updater.SchedulerWeightUpdaterManager.update_weights_from_{source}",
@@ -121,6 +122,13 @@ def _before_weight_update(component: Any, *args: Any, **kwargs: Any) -> None:
     tier = getattr(component.scheduler.tree_cache, "host_tier", None)
     if tier is not None:
         tier.weights_changed()
+
+
+def _before_release_req(*, req: Any, tree_cache: Any, **kwargs: Any) -> None:
+    """SGLang forgets the KV of a request it retracts (its own TODO there); we keep it."""
+    before_retraction = getattr(tree_cache, "before_retraction", None)
+    if before_retraction is not None:
+        before_retraction(req)
 
 
 def _around_prepare_for_extend(
