@@ -33,6 +33,7 @@ PATCH_OF = {
             "end_weight_update",
         )
     },
+    "managers.schedule_batch.release_req": "0006",
     # Needs none: SGLang calls `checkpoint` of the cache with each request it has prefilled.
     "managers.schedule_batch.ScheduleBatch.prepare_for_extend": None,
 }

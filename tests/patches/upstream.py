@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import builtins
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def apply(patches: list[Path], folder: Path) -> Path:
         subprocess.run(
             ["git", "apply", "--verbose", str(patch)],
             cwd=folder,
-            env={"GIT_CEILING_DIRECTORIES": str(folder.parent), "PATH": "/usr/bin:/bin"},
+            env=os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)},
             check=True,
             capture_output=True,
             text=True,
@@ -72,6 +73,9 @@ class Source:
 
     def module(self, name: str) -> ModuleType:
         """A fresh module; other fresh modules find it under `name` until the test ends."""
+        if (installed() / Path(*name.split("."))).with_suffix(".py").exists():
+            # Whatever else the real one imports must not find ours in its place.
+            importlib.import_module(name)
         module = ModuleType(name)
         module.__file__ = str(self.path(name))
         module.__package__ = name.rpartition(".")[0]

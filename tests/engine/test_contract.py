@@ -1,0 +1,235 @@
+"""What we rely on inside SGLang 0.5.23, where its interfaces are young.
+
+When one of these fails with a new SGLang, the failure ends on a line that says which of our files
+depends on what changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import pkgutil
+
+import pytest
+import torch
+from contract import needed_by
+from sglang.srt.mem_cache.base_prefix_cache import MatchResult
+from sglang.srt.mem_cache.unified_cache import unified_cache_linker
+
+from smg_sglang.engine.cache import SmgLinkerWrapper, SmgRadixCache
+from smg_sglang.engine.linker import SmgLinker, device_pool
+
+PAGE = 16
+
+# ---- shapes: names and parameters ----
+
+LINKER = "mem_cache.unified_cache.unified_cache_linker"
+WRAPPER = f"{LINKER}.UnifiedCacheLinkerWrapper"
+CACHE = "mem_cache.unified_radix_cache.UnifiedRadixCache"
+CORE = "mem_cache.rust_tree_core.adapter.RustUnifiedTreeCore"
+UPDATER = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+STATE = "managers.scheduler_components.internal_state.SchedulerInternalStateController"
+
+SIGNATURES = [
+    # what we implement
+    ("linker.py", f"{LINKER}.UnifiedCacheLinker.lookup", "self rid transfers"),
+    ("linker.py", f"{LINKER}.UnifiedCacheLinker.load", "self rid transfers"),
+    ("linker.py", f"{LINKER}.UnifiedCacheLinker.start_layer_wise_loading", "self"),
+    ("linker.py", f"{LINKER}.UnifiedCacheLinker.finish_layer_wise_loading", "self counter_index"),
+    ("linker.py", f"{LINKER}.UnifiedCacheLinker.cancel_queued_load", "self rid"),
+    ("linker.py", f"{LINKER}.UnifiedCacheLinker.offload", "self transfers session_id"),
+    ("linker.py", f"{LINKER}.UnifiedCacheLinker.record_offload_ready", "self"),
+    # what we override
+    ("cache.py", f"{WRAPPER}.__init__", "self cache cache_linker"),
+    ("cache.py", f"{WRAPPER}.match", "self key req result"),
+    ("cache.py", f"{WRAPPER}._offload_node", "self node_id transfers"),
+    ("cache.py", f"{WRAPPER}.release_request", "self rid"),
+    ("cache.py", f"{CACHE}.init_cache_linker", "self cache_linker"),
+    ("cache.py", f"{CACHE}._evict_device_leaf", "self node_id tracker"),
+    ("cache.py", f"{CACHE}.on_release", "self req checkpointed"),
+    # what we call
+    ("cache.py", f"{WRAPPER}._tail_hashes", "self key result device_hit_len"),
+    (
+        "cache.py",
+        "mem_cache.utils.get_storage_hash_str",
+        "key prior_hash page_size",
+    ),
+    (
+        "cache.py",
+        f"{WRAPPER}._sync_restorable_prefix",
+        "self restorable num_pages device_hit_pages",
+    ),
+    ("cache.py", f"{CACHE}.inc_lock_ref", "self node_id skip_lock_components"),
+    ("cache.py", f"{CACHE}.dec_lock_ref", "self node_id params skip_swa"),
+    ("cache.py", f"{CORE}.get_prefix_hash_values", "self node_id"),
+    ("cache.py", f"{CORE}.get_hash_values", "self node_id"),
+    ("cache.py", f"{CORE}.prefetch_anchor_info", "self node_id"),
+    ("cache.py", f"{CORE}.root_node_handle", "self extra_key"),
+    ("cache.py", f"{CORE}.collect_full_device_indices", "self from_node_id until_node_id"),
+    ("cache.py", f"{CORE}.mark_external_linker_offload_pending", "self node_id"),
+    ("flags.py", "arg_groups.model_override_base.model_config_of", "server_args"),
+    ("flags.py", "mem_cache.kv_cache_builder.uses_ssm_state", "model_config"),
+    # what we hook
+    ("plugin.py", "server_args.ServerArgs.add_cli_args", "parser"),
+    ("plugin.py", "server_args.ServerArgs.from_cli_args", "args"),
+    ("plugin.py", "server_args.ServerArgs.resolve_once", "self"),
+    ("plugin.py", "server_args.ServerArgs.check_server_args", "self"),
+    (
+        "plugin.py",
+        "entrypoints.engine.Engine._launch_scheduler_processes",
+        "server_args port_args run_scheduler_process_func placement_group",
+    ),
+    (
+        "plugin.py",
+        "utils.common.kill_process_tree",
+        "parent_pid include_parent skip_pid wait_timeout",
+    ),
+    ("plugin.py", "mem_cache.registry.create_unified_radix_cache", "ctx cache_class"),
+    (
+        "plugin.py",
+        "managers.schedule_batch.release_req",
+        "req remaing_req_count req_to_token_pool token_to_kv_pool_allocator tree_cache "
+        "hisparse_coordinator offload_kv",
+    ),
+    ("plugin.py", f"{STATE}.get_internal_state", "self recv_req"),
+    ("plugin.py", f"{UPDATER}.update_weights_from_disk", "self recv_req"),
+    ("plugin.py", f"{UPDATER}.update_weights_from_distributed", "self recv_req"),
+    ("plugin.py", f"{UPDATER}.update_weights_from_tensor", "self recv_req"),
+    ("plugin.py", f"{UPDATER}.update_weights_from_ipc", "self recv_req"),
+    ("plugin.py", f"{UPDATER}.begin_weight_update", "self recv_req"),
+    ("plugin.py", f"{UPDATER}.end_weight_update", "self recv_req"),
+    (
+        "attention_backend.py",
+        "layers.attention.attention_registry.register_attention_backend",
+        "name",
+    ),
+    (
+        "attention_backend.py",
+        "arg_groups.choices.add_attention_backend_choices",
+        "iterable",
+    ),
+]
+
+
+@pytest.mark.parametrize(("ours", "target", "parameters"), SIGNATURES, ids=lambda v: v)
+def test_a_signature_is_what_we_wrote_against(ours, target, parameters):
+    function = pkgutil.resolve_name(f"sglang.srt.{target}")
+    found = " ".join(inspect.signature(function).parameters)
+    assert found == parameters, f"smg_sglang/engine/{ours} depends on {target}"
+
+
+@needed_by("engine/linker.py")
+def test_a_linker_has_these_methods_to_implement():
+    assert unified_cache_linker.UnifiedCacheLinker.__abstractmethods__ == {
+        "lookup",
+        "load",
+        "start_layer_wise_loading",
+        "finish_layer_wise_loading",
+        "cancel_queued_load",
+        "offload",
+        "num_completed_offloads",
+        "pop_completed_offload",
+        "reset",
+        "close",
+    }
+    assert not inspect.isabstract(SmgLinker)
+
+
+@needed_by("engine/linker.py")
+def test_a_linker_is_built_with_these_keywords():
+    from sglang.srt.mem_cache.unified_cache import linker_factory
+
+    source = inspect.getsource(linker_factory.create_unified_cache_linker)
+    passed = {"components", "extra_config", "forward_stream"}
+    assert all(f"{name}=" in source for name in passed)
+    assert set(inspect.signature(SmgLinker).parameters) == {"server_args", "params"} | passed
+
+
+@needed_by("engine/cache.py")
+def test_records_have_the_fields_we_fill():
+    assert unified_cache_linker._PendingOffload._fields == (
+        "lock_node_id",
+        "lock_params",
+        "publish_node_ids",
+    )
+    assert unified_cache_linker.ExternalCacheHitMarker._fields == ("tail_hashes", "device_hit_len")
+    used = {"device_prefix_len", "last_device_node", "best_match_node", "last_host_node"}
+    assert used | {"host_hit_length"} <= set(MatchResult._fields)
+
+
+@needed_by("engine/plugin.py (_around_prepare_for_extend)")
+def test_a_request_knows_whether_its_hits_were_counted():
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+    source = inspect.getsource(Req.__init__)
+    for name in ("_cache_breakdown_computed", "cached_tokens_device", "origin_input_ids"):
+        assert f"self.{name} = " in source
+    assert list(inspect.signature(ScheduleBatch.prepare_for_extend).parameters) == ["self"]
+
+
+@needed_by("engine/cache.py (spill_retracted)")
+def test_a_request_has_what_its_spill_needs():
+    from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
+
+    source = inspect.getsource(Req)
+    for name in ("skip_radix_cache_insert", "full_untruncated_fill_ids", "extra_key", "cache_salt"):
+        assert f"self.{name}" in source
+    for name in ("refresh_fill_ids", "owned_kv_len", "finished"):
+        assert list(inspect.signature(getattr(Req, name)).parameters) == ["self"]
+    assert hasattr(ReqKvInfo, "holds_kv")
+    assert "req_pool_idx" in inspect.getsource(ReqKvInfo)
+
+
+@needed_by("engine/offline.py")
+def test_an_engine_says_what_builds_its_arguments():
+    from sglang.srt.entrypoints.engine import Engine
+
+    assert "self.server_args_class(**kwargs)" in inspect.getsource(Engine.__init__)
+
+
+@needed_by("engine/flags.py (ATTRIBUTE)")
+def test_our_mark_survives_resolution_and_pickling():
+    from sglang.srt.server_args import ServerArgs
+
+    from smg_sglang.engine.flags import ATTRIBUTE
+
+    record = ServerArgs(model_path="dummy", device="cpu")
+    record._resolution_finished = True
+    setattr(record, ATTRIBUTE, {"config": {}})
+    assert getattr(pickle.loads(pickle.dumps(record)), ATTRIBUTE) == {"config": {}}
+
+
+@needed_by("engine/linker.py (device_pool)")
+def test_a_kv_pool_is_rows_of_slots_by_layer():
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    pool = MHATokenToKVPool(
+        size=64,
+        page_size=PAGE,
+        dtype=torch.float32,
+        head_num=2,
+        head_dim=4,
+        layer_num=3,
+        device="cpu",
+        enable_memory_saver=False,
+    )
+    layout = device_pool(pool, PAGE).layout
+    assert (layout.num_layers, layout.page_size) == (3, PAGE)
+    assert layout.page_bytes == 3 * 2 * PAGE * (2 * 4 * 4)
+
+
+@needed_by("engine/cache.py")
+def test_our_classes_override_what_sglang_has():
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    added = {"tier", "host_tier", "spill_before_eviction", "_agreed", "_path", "_path_slots"}
+    added |= {"_pending", "before_retraction", "spill_retracted", "release_finished"}
+    added |= {"_abc_impl"}
+    for ours, theirs in (
+        (SmgRadixCache, UnifiedRadixCache),
+        (SmgLinkerWrapper, unified_cache_linker.UnifiedCacheLinkerWrapper),
+    ):
+        names = {name for name in vars(ours) if not name.startswith("__")}
+        assert names - added <= set(dir(theirs))
+        taken = names & added & set(dir(theirs)) - {"_abc_impl"}
+        assert not taken, "SGLang has a method of that name now"
