@@ -43,18 +43,17 @@ def hooks(monkeypatch) -> Hooks:
     from smg_sglang.engine import plugin
 
     by_target = defaultdict(list)
-    monkeypatch.setattr(
-        HookRegistry,
-        "register",
-        lambda target, hook, kind, **_: by_target[target].append((kind, hook)),
-    )
-    monkeypatch.setattr(multiprocessing, "parent_process", lambda: None)
-    monkeypatch.setitem(
-        sys.modules,
-        "sglang.srt.managers.scheduler",
-        sys.modules.get("sglang.srt.managers.scheduler", ModuleType("stand_in")),
-    )
-    plugin.register()
+    scheduler = "sglang.srt.managers.scheduler"
+    with monkeypatch.context() as both_roles:
+        both_roles.setattr(
+            HookRegistry,
+            "register",
+            lambda target, hook, kind, **_: by_target[target].append((kind, hook)),
+        )
+        both_roles.setattr(multiprocessing, "parent_process", lambda: None)
+        stand_in = sys.modules.get(scheduler, ModuleType(scheduler))
+        both_roles.setitem(sys.modules, scheduler, stand_in)
+        plugin.register()
     return Hooks(by_target)
 
 
