@@ -1,0 +1,1 @@
+"""Benchmarks. `python -m bench` compares servers; the other files measure one part each."""

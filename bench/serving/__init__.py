@@ -1,0 +1,1 @@
+"""Stock SGLang and ours on the same workloads, through their HTTP interface."""

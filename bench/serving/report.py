@@ -1,0 +1,161 @@
+"""The results for people: tables, and what was promised beside what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.serving.subjects import SMG, STOCK
+
+Result = dict[str, Any]
+NAMES = {STOCK: "stock SGLang", SMG: "SMG", "hicache": "HiCache"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A promise and its measurement."""
+
+    what: str
+    target: str
+    measured: str
+    holds: bool
+
+
+def print_phase(console: Console, name: str, result: Result) -> None:
+    """One phase as a table."""
+    tables = {"prefix": _prefix_table, "no_reuse": _no_reuse_table}
+    console.print(tables.get(name, _workload_table)(result))
+
+
+def _table(result: Result, *columns: str) -> Table:
+    table = Table(title=result["title"], title_justify="left", title_style="bold")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:,.1f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _workload_table(result: Result) -> Table:
+    table = _table(
+        result,
+        *("TTFT ms mean", "p50", "p99", "ITL ms mean", "p50", "p99"),
+        *("tok/s", "hit device", "host", "of infinite"),
+    )
+    for subject, row in result["subjects"].items():
+        ttft, itl, hits = row["ttft_s"], row["itl_s"], row["hit_share"]
+        table.add_row(
+            NAMES[subject],
+            *(_ms(ttft.get(key)) for key in ("mean", "p50", "p99")),
+            *(_ms(itl.get(key)) for key in ("mean", "p50", "p99")),
+            f"{row['tokens_per_s']:,.0f}",
+            _percent(hits.get("device", 0)),
+            _percent(hits.get("host", 0)),
+            _percent(row["of_infinite"]),
+        )
+    return table
+
+
+def _no_reuse_table(result: Result) -> Table:
+    table = _table(result, "tok/s median", "quartiles", "ITL ms median", "quartiles", "TTFT ms")
+    for subject, row in result["subjects"].items():
+        rate, itl = row["tokens_per_s"], row["itl_s"]
+        table.add_row(
+            NAMES[subject],
+            f"{rate['p50']:,.1f}",
+            f"{rate['q25']:,.0f}..{rate['q75']:,.0f}",
+            _ms(itl["p50"]),
+            f"{_ms(itl['q25'])}..{_ms(itl['q75'])}",
+            _ms(row["ttft_s"]["p50"]),
+        )
+    for subject, ratios in result["ratios"].items():
+        cells = [f"{_interval(ratios[key])}" for key in ("tokens_per_s", "itl_s", "ttft_s")]
+        table.add_row(f"{NAMES[subject]} / stock", cells[0], "", cells[1], "", cells[2])
+    return table
+
+
+def _interval(ratio: dict[str, float]) -> str:
+    return f"{ratio['ratio']:.4f} [{ratio['low']:.4f}, {ratio['high']:.4f}]"
+
+
+def _prefix_table(result: Result) -> Table:
+    table = _table(result, "TTFT ms median", "quartiles", "p99", "asks", "cold / this")
+    for subject, row in result["subjects"].items():
+        for tier in ("cold", "device", "host", "mixed"):
+            if not (figures := row.get(tier)):
+                continue
+            table.add_row(
+                f"{NAMES[subject]}: {tier}",
+                _ms(figures["p50"]),
+                f"{_ms(figures['q25'])}..{_ms(figures['q75'])}",
+                _ms(figures["p99"]),
+                str(figures["n"]),
+                f"{row['cold']['p50'] / figures['p50']:.1f}",
+            )
+    return table
+
+
+def verdicts(phases: dict[str, Result]) -> list[Verdict]:
+    """Each promise that this run can judge."""
+    found: list[Verdict] = []
+    prefix = phases.get("prefix", {}).get("subjects", {}).get(SMG, {})
+    if "cold_over_host" in prefix:
+        share = prefix["cold_over_host"]
+        found.append(
+            Verdict("TTFT, prefix in host memory", "<= 1/15 of cold", f"1/{share:.1f}", share >= 15)
+        )
+    for name in ("chats", "documents"):
+        found += _reuse_verdicts(name, phases.get(name, {}).get("subjects", {}))
+    for key, what, sign in (
+        ("tokens_per_s", "throughput", 1),
+        ("itl_s", "inter-token latency", -1),
+    ):
+        ratio = phases.get("no_reuse", {}).get("ratios", {}).get(SMG, {}).get(key)
+        if ratio:
+            change = ratio["ratio"] - 1
+            found.append(
+                Verdict(
+                    f"no reuse: {what}",
+                    "within 1% of stock",
+                    f"{change:+.2%} [{ratio['low'] - 1:+.2%}, {ratio['high'] - 1:+.2%}]",
+                    change * sign >= -0.01,
+                )
+            )
+    return found
+
+
+def _reuse_verdicts(name: str, subjects: dict[str, Result]) -> list[Verdict]:
+    if not {STOCK, SMG} <= subjects.keys():
+        return []
+    ours, stock = subjects[SMG], subjects[STOCK]
+    faster = stock["ttft_s"]["mean"] / ours["ttft_s"]["mean"]
+    return [
+        Verdict(f"{name}: mean TTFT", "<= 1/4 of stock", f"1/{faster:.2f}", faster >= 4),
+        Verdict(
+            f"{name}: hits of an infinite cache",
+            ">= 95%",
+            f"{ours['of_infinite']:.1%} (stock {stock['of_infinite']:.1%})",
+            ours["of_infinite"] >= 0.95,
+        ),
+    ]
+
+
+def print_verdicts(console: Console, found: list[Verdict]) -> None:
+    """Promises as a table."""
+    table = Table(title="What must hold", title_justify="left", title_style="bold")
+    for column in ("", "target", "measured", ""):
+        table.add_column(column)
+    for verdict in found:
+        mark = "[green]holds[/]" if verdict.holds else "[red]missed[/]"
+        table.add_row(verdict.what, verdict.target, verdict.measured, mark)
+    console.print(table)

@@ -1,0 +1,57 @@
+"""The servers that are compared: started together, asked one at a time."""
+
+from __future__ import annotations
+
+import shlex
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from tools.sglang_server import SglangServer
+
+PAGE_SIZE = 16
+STOCK, SMG, HICACHE = "stock", "smg", "hicache"
+
+
+def server_args(subject: str, options: Namespace) -> list[str]:
+    """Flags of one server; only what is compared differs."""
+    args = [
+        *("--dtype", options.dtype),
+        *("--max-total-tokens", str(options.pool_tokens)),
+        *("--page-size", str(PAGE_SIZE)),
+        *("--random-seed", "1"),
+        *("--log-level", "warning"),
+    ]
+    if options.attention_backend:
+        args += ["--attention-backend", options.attention_backend]
+    if subject == SMG:
+        args += ["--enable-smg", "--smg-host-gb", str(options.host_gb)]
+    return args + shlex.split(options.server_args)
+
+
+@contextmanager
+def running(
+    subjects: list[str], options: Namespace, logs: Path
+) -> Iterator[dict[str, SglangServer]]:
+    """All servers ready at once; idle ones sleep. Stopped at the end of the block."""
+    logs.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        servers = {}
+        for subject in subjects:
+            log = logs / f"{subject}.log"
+            server = SglangServer(options.model_path, server_args(subject, options), log=log)
+            stack.callback(server.stop)
+            servers[subject] = server
+        for server in servers.values():
+            server.wait_ready()
+        yield servers
+
+
+def attention_backend(asked: str | None) -> str:
+    """For all servers: as asked, else ours on a CPU, else "", SGLang's own choice."""
+    from smg_sglang.engine.platform import accelerator_available
+
+    if asked is not None:
+        return asked
+    return "" if accelerator_available() else "smg_cpu"
