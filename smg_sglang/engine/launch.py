@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from smg_sglang.box import GIB
 from smg_sglang.config import SmgConfig
 from smg_sglang.engine.flags import ATTRIBUTE, refuse, refuse_model
 from smg_sglang.errors import ConfigError
@@ -19,17 +22,23 @@ logger = logging.getLogger(__name__)
 _running: list[MemoryProcess] = []
 
 
-def check_model(server_args: Any) -> None:
-    """Refuse an unsupported model; on a command line with one sentence and code 2."""
-    choice = getattr(server_args, ATTRIBUTE, None)
-    if choice is None:
-        return
+@contextmanager
+def _one_sentence(origin: str) -> Iterator[None]:
+    """On a command line a refusal is one sentence and code 2, elsewhere a ConfigError."""
     try:
-        refuse_model(server_args)
+        yield
     except ConfigError as error:
-        if choice["origin"] == "cli":
+        if origin == "cli":
             refuse(error)
         raise
+
+
+def check_model(server_args: Any) -> None:
+    """Refuse an unsupported model. Main process, before anything is started."""
+    choice = getattr(server_args, ATTRIBUTE, None)
+    if choice is not None:
+        with _one_sentence(choice["origin"]):
+            refuse_model(server_args)
 
 
 def start_memory(server_args: Any) -> None:
@@ -45,11 +54,11 @@ def start_memory(server_args: Any) -> None:
         choice["address"] = config.memory_address
         logger.info("smg: attaching to the memory server at %s", config.memory_address)
         return
-    from smg_sglang.box import GIB
     from smg_sglang.memory.process import MemoryProcess
 
     assert config.host_gb is not None
-    process = MemoryProcess.start(host_bytes=int(config.host_gb * GIB))
+    with _one_sentence(choice["origin"]):
+        process = MemoryProcess.start(host_bytes=int(config.host_gb * GIB))
     _running.append(process)
     choice["address"] = process.address
     logger.info(

@@ -32,8 +32,6 @@ def register() -> None:
     hook("server_args.ServerArgs.check_server_args", _after_check, HookType.AFTER)
     # Hooking a module imports it, so each process gets only the hooks of its own role.
     if multiprocessing.parent_process() is None:
-        engine = "entrypoints.engine.Engine"
-        hook(f"{engine}._launch_scheduler_processes", _around_launch, HookType.AROUND)
         hook("utils.common.kill_process_tree", _before_kill_tree, HookType.BEFORE)
     if "sglang.srt.managers.scheduler" in sys.modules:
         _register_worker_hooks(hook, HookType)
@@ -54,9 +52,15 @@ def _register_worker_hooks(hook: Callable[..., None], kind: Any) -> None:
         kind.AROUND,
     )
     hook("managers.schedule_batch.release_req", _before_release_req, kind.BEFORE)
-    for source in ("disk", "distributed", "tensor", "ipc"):
+    # Updates by tensor, by broadcast and over RDMA run between begin and end.
+    for update in (
+        "begin_weight_update",
+        "end_weight_update",
+        "update_weights_from_disk",
+        "update_weights_from_ipc",
+    ):
         hook(
-            f"{parts}.weight_updater.SchedulerWeightUpdaterManager.update_weights_from_{source}",
+            f"{parts}.weight_updater.SchedulerWeightUpdaterManager.{update}",
             _before_weight_update,
             kind.BEFORE,
         )
@@ -88,14 +92,9 @@ def _before_resolve_once(server_args: Any) -> None:
 
 
 def _after_check(result: Any, server_args: Any) -> None:
+    """SGLang checks the resolved arguments once, in the main process, then starts the workers."""
     launch.check_model(server_args)
-
-
-def _around_launch(
-    original: Callable[..., Any], cls: Any, server_args: Any, *args: Any, **kw: Any
-) -> Any:
     launch.start_memory(server_args)
-    return original(cls, server_args, *args, **kw)
 
 
 def _before_kill_tree(parent_pid: int | None = None, *args: Any, **kwargs: Any) -> None:

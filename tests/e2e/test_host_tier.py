@@ -1,5 +1,6 @@
 """A server that remembers more than its device holds: same text, whatever is where."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -122,6 +123,17 @@ def test_server_info_shows_the_configuration(server):
     state = smg_state(server)
     assert state["config"]["write_policy"] == "write_through"
     assert state["memory_connected"]
+
+
+def test_an_idle_server_sleeps(server):
+    def used() -> float:
+        return sum(sum(p.cpu_times()[:2]) for p in server.processes())
+
+    server.generate(PROMPTS[0], 1)
+    time.sleep(1)
+    before, began = used(), time.monotonic()
+    time.sleep(4)
+    assert used() - before < 0.25 * (time.monotonic() - began), "less than a quarter of a core"
 
 
 @pytest.mark.parametrize("fields", [{"n": 3}, {"regex": "[0-9]{4}"}])

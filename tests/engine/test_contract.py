@@ -76,11 +76,6 @@ SIGNATURES = [
     ("plugin.py", "server_args.ServerArgs.check_server_args", "self"),
     (
         "plugin.py",
-        "entrypoints.engine.Engine._launch_scheduler_processes",
-        "server_args port_args run_scheduler_process_func placement_group",
-    ),
-    (
-        "plugin.py",
         "utils.common.kill_process_tree",
         "parent_pid include_parent skip_pid wait_timeout",
     ),
@@ -93,8 +88,6 @@ SIGNATURES = [
     ),
     ("plugin.py", f"{STATE}.get_internal_state", "self recv_req"),
     ("plugin.py", f"{UPDATER}.update_weights_from_disk", "self recv_req"),
-    ("plugin.py", f"{UPDATER}.update_weights_from_distributed", "self recv_req"),
-    ("plugin.py", f"{UPDATER}.update_weights_from_tensor", "self recv_req"),
     ("plugin.py", f"{UPDATER}.update_weights_from_ipc", "self recv_req"),
     ("plugin.py", f"{UPDATER}.begin_weight_update", "self recv_req"),
     ("plugin.py", f"{UPDATER}.end_weight_update", "self recv_req"),

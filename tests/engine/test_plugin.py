@@ -19,7 +19,7 @@ ARGUMENTS = {
     for name in ("add_cli_args", "from_cli_args", "resolve_once", "check_server_args")
 }
 #: Modules that only workers have imported, or that only the main process will.
-MAIN_ONLY = {"entrypoints.engine", "utils.common"}
+MAIN_ONLY = {"utils.common"}
 WORKER_ONLY = {"managers", "mem_cache"}
 
 

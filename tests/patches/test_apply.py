@@ -17,7 +17,6 @@ PATCH_OF = {
     "server_args.ServerArgs.from_cli_args": "0005",
     "server_args.ServerArgs.resolve_once": "0005",
     "server_args.ServerArgs.check_server_args": "0005",
-    "entrypoints.engine.Engine._launch_scheduler_processes": "0002",
     "utils.common.kill_process_tree": "0002",
     "mem_cache.registry.create_unified_radix_cache": "0001",
     "managers.scheduler_components.internal_state.SchedulerInternalStateController"
@@ -25,10 +24,8 @@ PATCH_OF = {
     **{
         f"managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.{name}": "0004"
         for name in (
-            *(
-                f"update_weights_from_{source}"
-                for source in ("disk", "distributed", "tensor", "ipc")
-            ),
+            "update_weights_from_disk",
+            "update_weights_from_ipc",
             "begin_weight_update",
             "end_weight_update",
         )

@@ -29,15 +29,13 @@ def events(monkeypatch):
     return seen
 
 
-def start(source, events, names, wrap_launch=lambda f: f, wrap_check=lambda f: f):
+def start(source, events, names, wrap_check=lambda f: f):
     def launch_workers(cls, *args, **kwargs):
         events.append("workers")
         raise Stop
 
     engine = SimpleNamespace()
-    engine._launch_scheduler_processes = lambda *a, **k: wrap_launch(launch_workers)(
-        engine, *a, **k
-    )
+    engine._launch_scheduler_processes = lambda *a, **k: launch_workers(engine, *a, **k)
     record = MagicMock()
     record.check_server_args = lambda: wrap_check(lambda _: events.append("checked"))(record)
     function = source.function(ENGINE, "Engine._launch_subprocesses", **names)
@@ -53,8 +51,7 @@ def test_hook_and_patch_start_the_memory_server_after_the_checks_and_before_the_
         stock,
         events,
         {},
-        lambda f: hooks.wrap("entrypoints.engine.Engine._launch_scheduler_processes", f),
-        lambda f: hooks.wrap("server_args.ServerArgs.check_server_args", f),
+        wrap_check=lambda f: hooks.wrap("server_args.ServerArgs.check_server_args", f),
     )
     hooked = events.copy()
     events.clear()
