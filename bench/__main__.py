@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from rich.progress import (
 from bench.serving import machine, report
 from bench.serving.phases import PHASES, Result, Servers, make_phases
 from bench.serving.plot import plot
-from bench.serving.subjects import SMG, STOCK, attention_backend, running
+from bench.serving.subjects import HICACHE, SMG, STOCK, attention_backend, running
 
 OUT = Path(__file__).parent / "out"
 
@@ -36,11 +37,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--model-path", help="a model folder or hub name (default: the demo model)")
     add("--only", type=_phases, default=(), help=f"some of {','.join(PHASES)} (default: all)")
     add("--quick", action="store_true", help="fewer repeats: figures are rough")
-    add("--repeats", type=int, help="repeats of what takes turns (default: 24; quick: 6)")
+    add("--repeats", type=int, help="repeats of what takes turns (default: 16; quick: 4)")
     add("--pool-tokens", type=int, default=4096, help="tokens of the device pool (4096)")
     add("--host-gb", type=float, default=2.0, help="GiB of host memory for pages (2)")
     add("--dtype", default="bfloat16", help="of weights and KV (bfloat16)")
     add("--attention-backend", help="on all servers (default: smg_cpu on a CPU)")
+    add("--hicache", action="store_true", help="SGLang's own HiCache as a third server")
     add("--server-args", default="", help="more flags for all servers, as one string")
     add("--out", type=Path, default=OUT, help="folder for JSON, PNG and logs (bench/out)")
     add("--json", type=Path, help="the JSON file (default: OUT/serving.json)")
@@ -71,14 +73,11 @@ def main(arguments: list[str]) -> int:
         "machine": machine.describe(),
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
     }
-    subjects = [STOCK, SMG]
-    with console.status(f"starting {len(subjects)} servers, one after the other's shoulder"):
-        context = running(subjects, options, options.out / "logs")
-        servers = context.__enter__()
-    try:
+    subjects = [STOCK, SMG, *([HICACHE] if options.hicache else [])]
+    with ExitStack() as stack:
+        with console.status(f"starting {len(subjects)} servers; this takes about a minute"):
+            servers = stack.enter_context(running(subjects, options, options.out / "logs"))
         results["phases"] = run_phases(console, servers, options)
-    finally:
-        context.__exit__(None, None, None)
     results["seconds"] = time.monotonic() - began
     finish(console, results, options)
     return 0

@@ -14,7 +14,7 @@ from typing import Any
 from bench.serving import workloads
 from bench.serving.client import Answer, Client, run_workload
 from bench.serving.statistics import ratio_of_medians, spread, summarise
-from bench.serving.subjects import PAGE_SIZE, SMG, STOCK
+from bench.serving.subjects import PAGE_SIZE, STOCK
 from bench.serving.workloads import Workload
 from tools.sglang_server import SglangServer
 
@@ -22,6 +22,7 @@ Servers = Mapping[str, SglangServer]
 Advance = Callable[[], Any]
 Result = dict[str, Any]
 
+PHASES = ("prefix", "no_reuse", "chats", "documents")
 WORKING_SET = 4
 """Working set over device pool."""
 PREFIX_TOKENS, QUESTION_TOKENS = 2000, 16
@@ -197,12 +198,8 @@ def make_phases(options: Namespace) -> list[Phase]:
         TakingTurns(repeats),
         OneAfterTheOther(workloads.chats(working_set=working_set)),
         OneAfterTheOther(
-            workloads.documents(working_set=working_set, questions=2 if options.quick else 3)
+            workloads.documents(working_set=working_set, questions=2 if options.quick else 5)
         ),
     ]
     only = options.only
     return [phase for phase in phases if not only or phase.name in only]
-
-
-PHASES = ("prefix", "no_reuse", "chats", "documents")
-__all__ = ["PHASES", "SMG", "STOCK", "Phase", "Result", "Servers", "make_phases"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from argparse import Namespace
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from tools.sglang_server import SglangServer
 
 PAGE_SIZE = 16
+HICACHE_PLUGIN = Path(__file__).parent / "hicache"
 STOCK, SMG, HICACHE = "stock", "smg", "hicache"
 
 
@@ -27,7 +29,18 @@ def server_args(subject: str, options: Namespace) -> list[str]:
         args += ["--attention-backend", options.attention_backend]
     if subject == SMG:
         args += ["--enable-smg", "--smg-host-gb", str(options.host_gb)]
+    if subject == HICACHE:
+        args += ["--enable-hierarchical-cache", "--hicache-size", str(round(options.host_gb))]
+        args += ["--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"]
     return args + shlex.split(options.server_args)
+
+
+def server_env(subject: str) -> dict[str, str]:
+    """HiCache wants CUDA; a plugin that only its process sees lets it run without."""
+    if subject != HICACHE:
+        return {}
+    paths = (str(HICACHE_PLUGIN), os.environ.get("PYTHONPATH"))
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 @contextmanager
@@ -40,7 +53,9 @@ def running(
         servers = {}
         for subject in subjects:
             log = logs / f"{subject}.log"
-            server = SglangServer(options.model_path, server_args(subject, options), log=log)
+            server = SglangServer(
+                options.model_path, server_args(subject, options), server_env(subject), log
+            )
             stack.callback(server.stop)
             servers[subject] = server
         for server in servers.values():

@@ -96,7 +96,7 @@ def documents(
     *,
     working_set: int,
     document_tokens: int = 2000,
-    questions: int = 3,
+    questions: int = 5,
     question_tokens: int = 32,
     answer_tokens: int = 16,
     concurrency: int = 2,
