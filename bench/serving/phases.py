@@ -198,7 +198,7 @@ def make_phases(options: Namespace) -> list[Phase]:
         TakingTurns(repeats),
         OneAfterTheOther(workloads.chats(working_set=working_set)),
         OneAfterTheOther(
-            workloads.documents(working_set=working_set, questions=2 if options.quick else 5)
+            workloads.documents(working_set=working_set, questions=3 if options.quick else 6)
         ),
     ]
     only = options.only

@@ -69,16 +69,17 @@ def words(rng: random.Random, count: int) -> tuple[int, ...]:
 def chats(
     *,
     working_set: int,
-    chat_tokens: int = 1024,
-    first_tokens: int = 544,
-    added_tokens: int = 32,
-    answer_tokens: int = 32,
+    chat_tokens: int = 864,
+    first_tokens: int = 504,
+    added_tokens: int = 24,
+    answer_tokens: int = 24,
     concurrency: int = 4,
     seed: int = 1,
 ) -> Workload:
     """Chats that take turns until together they are `working_set` tokens long.
 
-    In each round every chat has its turn, in an order of its own.
+    In each round every chat has its turn, in an order of its own. By default four of them fit the
+    pool of a quarter of the working set at once, so that no server waits for room.
     """
     rng = random.Random(seed)
     count = max(1, round(working_set / chat_tokens))
@@ -96,10 +97,10 @@ def documents(
     *,
     working_set: int,
     document_tokens: int = 2000,
-    questions: int = 5,
+    questions: int = 6,
     question_tokens: int = 32,
     answer_tokens: int = 16,
-    concurrency: int = 2,
+    concurrency: int = 1,
     seed: int = 2,
 ) -> Workload:
     """Long documents, each asked several questions, in shuffled order."""
@@ -119,7 +120,7 @@ def no_reuse(
     *,
     requests: int = 4,
     prompt_tokens: int = 256,
-    answer_tokens: int = 48,
+    answer_tokens: int = 32,
     concurrency: int = 4,
     seed: int = 3,
 ) -> Workload:

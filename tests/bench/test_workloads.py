@@ -6,12 +6,20 @@ from bench.serving import workloads
 
 
 def test_chats_together_are_the_working_set():
-    chats = workloads.chats(working_set=8192, chat_tokens=1024)
+    chats = workloads.chats(
+        working_set=8192, chat_tokens=1024, first_tokens=544, added_tokens=32, answer_tokens=32
+    )
     ends = {}
     for turn, length in zip(chats.turns, chats.prompt_lengths(), strict=True):
         ends[turn.conversation] = length + turn.answer_tokens
     assert len(ends) == 8
     assert sum(ends.values()) == 8192
+
+
+def test_as_many_chats_as_run_at_once_fit_the_pool():
+    chats = workloads.chats(working_set=4 * 4096)
+    longest = max(chats.prompt_lengths()) + chats.turns[0].answer_tokens
+    assert chats.concurrency * longest <= 0.9 * 4096
 
 
 def test_every_chat_has_one_turn_a_round():
