@@ -12,12 +12,13 @@ import pkgutil
 
 import pytest
 import torch
-from contract import needed_by
 from sglang.srt.mem_cache.base_prefix_cache import MatchResult
 from sglang.srt.mem_cache.unified_cache import unified_cache_linker
 
 from smg_sglang.engine.cache import SmgLinkerWrapper, SmgRadixCache
 from smg_sglang.engine.linker import SmgLinker, device_pool
+
+from .contract import needed_by
 
 PAGE = 16
 

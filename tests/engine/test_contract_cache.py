@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from contract import needed_by
 from sglang.srt.mem_cache.base_prefix_cache import (
     CacheRequestHandle,
     EvictParams,
@@ -27,6 +26,8 @@ from smg_sglang.config import WritePolicy
 from smg_sglang.engine.cache import SmgRadixCache
 from smg_sglang.engine.linker import SmgLinker
 from smg_sglang.tree.page_keys import keys_from_hex
+
+from .contract import needed_by
 
 PAGE = 16
 
