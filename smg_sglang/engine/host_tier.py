@@ -192,7 +192,13 @@ class HostTier:
             self._release(lease)
             return False
         offsets = lease.offsets[:pages]
-        self._loads.queue(rid, slots, lease.arena.buffer, offsets, keep_alive=lease)
+        try:
+            self._loads.queue(rid, slots, lease.arena.buffer, offsets, keep_alive=lease)
+        except ValueError:
+            # Nothing of ours may end the scheduler; two requests of one id would come here.
+            logger.exception("smg: a load was refused; its tokens are computed")
+            self._release(lease)
+            return False
         self._queued[rid] = lease
         self.counters.hit_tokens["host"] += pages * self._page_size
         return True
@@ -255,9 +261,11 @@ class HostTier:
                 )
                 # On a GPU the forward that wrote the slots may still run: the copy comes after it.
                 self._mover.spill(move, after=self._mover.fence())
-            except BaseException:
+            except Exception:
+                # The device evicts in any case, and nothing of ours may end the scheduler.
+                logger.exception("smg: a spill failed; its pages are lost")
                 connection.abandon(reservation)
-                raise
+                return self._dropped("error", len(reservation.pages))
             connection.publish(reservation)
             self._count_spill(move.num_pages, time.perf_counter() - started)
         if ended < slots.numel():

@@ -264,6 +264,18 @@ def test_write_back_copies_before_it_returns(make_world):
     assert world.tier.read_metrics()["smg:spilled_bytes"] == 4 * PAGE * LAYERS * 2 * 2 * 8 * 4
 
 
+def test_a_copy_that_fails_is_a_dropped_page_not_an_exception(make_world):
+    world = make_world()
+    beyond = slots_at(SLOTS, 16)
+    assert not world.tier.spill_now(path_of(1, 16), beyond)
+    assert world.tier.counters.dropped_pages["error"] == 4
+    world.spill(2, 16, slots_at(0, 16))
+    assert world.tier.find("r", path_of(2, 16), 0) == 4
+    assert not world.tier.load("r", beyond)
+    assert world.tier.state()["memory"]["pages_writing"] == 0
+    assert leases(world) == 0
+
+
 def test_delayed_copies_give_the_same_bytes_whatever_happens_between(make_world):
     """Spills, loads, cancels and flushes in random order, every copy late by a random time."""
     world = make_world(before_copy=random_delay(0.003))
