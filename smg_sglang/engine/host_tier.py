@@ -22,7 +22,7 @@ import torch
 from smg_sglang.config import SmgConfig
 from smg_sglang.engine.found import MAX_HELD, FoundLeases
 from smg_sglang.errors import MemoryUnavailable
-from smg_sglang.memory.arena import ArenaMappings
+from smg_sglang.memory.arena import Arena, ArenaMappings
 from smg_sglang.memory.client import Lease, MemoryConnection, Reservation
 from smg_sglang.memory.link import MemoryLink
 from smg_sglang.memory.namespace import Namespace
@@ -96,6 +96,7 @@ class HostTier:
         self._one_rank = namespace.tp_size == 1
         self._links = _Links(address, namespace)
         self._flush_owed = False
+        self._arena: Arena | None = None
         self._found: FoundLeases[Lease] = FoundLeases(
             self._release, MAX_HELD if self._one_rank else 1 << 30
         )
@@ -163,7 +164,18 @@ class HostTier:
             except MemoryUnavailable:
                 return None
             self._flush_owed = False
+        self._unpin_former_arena(connection.arena)
         return connection
+
+    def _unpin_former_arena(self, arena: Arena) -> None:
+        """Give back the memory of a server that died, once no copy can touch it any more."""
+        if arena is self._arena:
+            return
+        if self._arena is not None:
+            if self._queued or self._started or self._spills.waiting_slots:
+                return
+            self._mover.unpin(self._arena.buffer)
+        self._arena = arena
 
     def forget(self, rid: str) -> None:
         """The request needs nothing of what was found for it; idempotent."""
