@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from bench.serving import machine, report
 from bench.serving.phases import PHASES, Result, Servers, make_phases
 from bench.serving.plot import plot
 from bench.serving.subjects import HICACHE, SMG, STOCK, attention_backend, running
+from tools.sglang_server import ServerDied
 
 OUT = Path(__file__).parent / "out"
 
@@ -62,6 +64,8 @@ def _phases(text: str) -> tuple[str, ...]:
 def main(arguments: list[str]) -> int:
     """Run all phases; 0 whatever the figures are."""
     options = parse(arguments)
+    # The servers are stopped on the way out, so a signal has to be a way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     console = Console(width=None if sys.stdout.isatty() else 120)
     if options.model_path is None:
         from tools.demo_model import demo_model
@@ -111,4 +115,7 @@ def finish(console: Console, results: Result, options: argparse.Namespace) -> No
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ServerDied as error:
+        sys.exit(f"A server did not start: {error}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.serving import workloads
 from bench.serving.client import Answer, Client, run_workload
-from bench.serving.statistics import ratio_of_medians, spread, summarise
+from bench.serving.statistics import compare, spread, summarise, times_faster
 from bench.serving.subjects import PAGE_SIZE, STOCK
 from bench.serving.workloads import Workload
 from tools.sglang_server import SglangServer
@@ -111,7 +111,7 @@ class TakingTurns(Phase):
             return {}
         return {
             subject: {
-                name: ratio_of_medians(
+                name: compare(
                     [row[name] for row in rows[subject]], [row[name] for row in rows[STOCK]]
                 )
                 for name in ("tokens_per_s", "itl_s", "ttft_s")
@@ -165,7 +165,7 @@ class Prefix(Phase):
                 by_tier[row["tier"]].append(row["ttft_s"])
         figures: Result = {tier: spread(values) for tier, values in by_tier.items()}
         if by_tier["host"] and by_tier["cold"]:
-            figures["cold_over_host"] = figures["cold"]["p50"] / figures["host"]["p50"]
+            figures["cold_over_host"] = times_faster(by_tier["cold"], by_tier["host"])
         return {**figures, "asks": rows}
 
 

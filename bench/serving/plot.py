@@ -153,7 +153,7 @@ def _no_reuse(axes: Axes, result: Result) -> None:
             label = NAMES[subject] if place == 0 else None
             axes.scatter([x] * len(values), values, s=12, color=COLOURS[subject], alpha=0.5)
             middle = (result["subjects"][subject][key]["p50"] / stock - 1) * 100
-            axes.hlines(middle, x - 0.1, x + 0.1, color=COLOURS[subject], lw=2.5, label=label)
+            axes.hlines(middle, x - 0.1, x + 0.1, color=COLOURS[subject], lw=2.5, label=label or "")
     axes.axhspan(-1, 1, color="#4caf50", alpha=0.2, lw=0, label="within 1% of stock")
     axes.set_xticks(range(len(keys)), list(keys.values()))
     axes.set_ylabel("difference to stock's median, %")

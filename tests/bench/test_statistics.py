@@ -3,7 +3,7 @@
 import pytest
 
 from bench.serving.client import Answer, _note
-from bench.serving.statistics import ratio_of_medians, spread, summarise
+from bench.serving.statistics import compare, spread, summarise
 
 
 def answer(sent: float, times: list[float], prompt: int = 10, **cached: int) -> Answer:
@@ -35,16 +35,22 @@ def test_tokens_that_come_together_share_their_time():
 
 
 def test_the_interval_of_a_ratio_holds_it_and_shrinks_with_repeats():
-    noise = [0.9, 1.0, 1.1, 1.05, 0.95]
-    few = ratio_of_medians([2 * x for x in noise], noise)
-    many = ratio_of_medians([2 * x for x in noise * 20], noise * 20)
+    noise = [1.8, 2.0, 2.2, 2.1, 1.9]
+    few = compare(noise, [1.0] * 5)
+    many = compare(noise * 20, [1.0] * 100)
     assert few["ratio"] == many["ratio"] == 2
     assert few["low"] <= many["low"] <= 2 <= many["high"] <= few["high"]
 
 
+def test_what_slows_both_of_a_pair_does_not_change_their_ratio():
+    slow = [1.0, 5.0, 2.0, 9.0]
+    figures = compare([1.01 * x for x in slow], slow)
+    assert figures["low"] == pytest.approx(1.01) == figures["high"]
+
+
 def test_repeats_that_make_no_pairs_are_refused():
     with pytest.raises(ValueError, match="no pairs"):
-        ratio_of_medians([1.0], [1.0, 2.0])
+        compare([1.0], [1.0, 2.0])
 
 
 def test_the_spread_of_nothing_is_empty():
