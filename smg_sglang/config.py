@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -16,6 +17,9 @@ from smg_sglang.errors import ConfigError
 DEFAULT_SHARE = {"cuda": 0.5, "cpu": 0.25}
 MIN_HOST_GB = 0.0625
 MAX_PAGE_SIZE = 128
+#: A prompt with fewer new tokens than this is computed by the decode worker itself
+#: (measured: `docs/split.md`).
+DEFAULT_SPLIT_TOKENS = 256
 
 
 class WritePolicy(StrEnum):
@@ -35,6 +39,7 @@ class SmgConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The validated choice of an operator. Times in milliseconds, sizes in GiB.
 
     `host_gb` is None when the memory server is somebody else's (`memory_address`).
+    `decode_workers` is 0 where one worker does both phases.
     """
 
     host_gb: float | None = None
@@ -42,7 +47,18 @@ class SmgConfig(msgspec.Struct, frozen=True, kw_only=True):
     memory_address: str | None = None
     page_size: int = 16
     lookup_timeout_ms: float = 20.0
+    prefill_workers: int = 0
+    decode_workers: int = 0
+    prefill_devices: str | None = None
+    decode_devices: str | None = None
+    split_tokens: int = DEFAULT_SPLIT_TOKENS
     allow_untested_sglang: bool = False
+
+    @property
+    def workers(self) -> int:
+        """Workers behind a phase controller; 0 without one."""
+        total = self.prefill_workers + self.decode_workers
+        return total if total > 1 else 0
 
     @classmethod
     def from_builtins(cls, values: dict[str, Any]) -> SmgConfig:
@@ -62,6 +78,11 @@ def make_config(
     memory_address: str | None = None,
     page_size: int = 16,
     lookup_timeout_ms: float = 20.0,
+    prefill_workers: int | None = None,
+    decode_workers: int | None = None,
+    prefill_devices: str | None = None,
+    decode_devices: str | None = None,
+    split_tokens: int | None = None,
     allow_untested_sglang: bool = False,
     device: str = "cpu",
 ) -> SmgConfig:
@@ -93,14 +114,55 @@ def make_config(
         memory_address = check_address(memory_address)
     else:
         host_gb = check_host_gb(host_gb, device)
+    split = {
+        "prefill_devices": prefill_devices,
+        "decode_devices": decode_devices,
+        "split_tokens": split_tokens,
+    }
+    prefill_workers, decode_workers = check_split(
+        prefill_workers, decode_workers, split, write_policy
+    )
     return SmgConfig(
         host_gb=host_gb,
         write_policy=WritePolicy(write_policy),
         memory_address=memory_address,
         page_size=page_size,
         lookup_timeout_ms=lookup_timeout_ms,
+        prefill_workers=prefill_workers,
+        decode_workers=decode_workers,
+        prefill_devices=prefill_devices,
+        decode_devices=decode_devices,
+        split_tokens=DEFAULT_SPLIT_TOKENS if split_tokens is None else split_tokens,
         allow_untested_sglang=allow_untested_sglang,
     )
+
+
+def check_split(
+    prefill: int | None, decode: int | None, needs_it: Mapping[str, Any], write_policy: str
+) -> tuple[int, int]:
+    """(prefill workers, decode workers); (0, 0) where neither was asked for, and one was if the
+    other was."""
+    if prefill is None and decode is None:
+        for name, value in needs_it.items():
+            if value is not None:
+                flag = "--smg-" + name.replace("_", "-")
+                raise ConfigError(f"{flag} needs --smg-prefill-workers; add it.")
+        return 0, 0
+    prefill = 1 if prefill is None else prefill
+    decode = 1 if decode is None else decode
+    if prefill < 0:
+        raise ConfigError(f"--smg-prefill-workers must be 0 or more, not {prefill}.")
+    if decode < 1:
+        raise ConfigError(f"--smg-decode-workers must be at least 1, not {decode}.")
+    tokens = needs_it["split_tokens"]
+    if tokens is not None and tokens < 1:
+        raise ConfigError(f"--smg-split-tokens must be at least 1 token, not {tokens}.")
+    if prefill and write_policy != WritePolicy.WRITE_THROUGH:
+        raise ConfigError(
+            "prompts are handed from prefill to decode workers as soon as they are computed; "
+            "drop --smg-write-policy, or the prefill workers."
+        )
+    return prefill, decode
 
 
 def check_address(address: str) -> str:
@@ -147,6 +209,11 @@ def config_from_env() -> dict[str, Any] | None:
         "memory_address": str,
         "page_size": int,
         "lookup_timeout_ms": float,
+        "prefill_workers": int,
+        "decode_workers": int,
+        "prefill_devices": str,
+        "decode_devices": str,
+        "split_tokens": int,
     }
     names = {"memory_address": "SMG_MEMORY"}
     found: dict[str, Any] = {}

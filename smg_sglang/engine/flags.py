@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from smg_sglang import TESTED_SGLANG
-from smg_sglang.config import SmgConfig, WritePolicy, make_config
+from smg_sglang.config import DEFAULT_SPLIT_TOKENS, SmgConfig, WritePolicy, make_config
 from smg_sglang.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +31,11 @@ _FIELDS = {
     "smg_memory": "memory_address",
     "smg_page_size": "page_size",
     "smg_lookup_timeout_ms": "lookup_timeout_ms",
+    "smg_prefill_workers": "prefill_workers",
+    "smg_decode_workers": "decode_workers",
+    "smg_prefill_devices": "prefill_devices",
+    "smg_decode_devices": "decode_devices",
+    "smg_split_tokens": "split_tokens",
     "smg_allow_untested_sglang": "allow_untested_sglang",
 }
 
@@ -78,6 +83,7 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         help="The longest that scheduling waits for the memory server, in milliseconds; later "
         "than that is a miss. (default: 20)",
     )
+    _add_split_args(add)
     add(
         "--smg-allow-untested-sglang",
         action="store_true",
@@ -85,10 +91,41 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_split_args(add: Callable[..., Any]) -> None:
+    add(
+        "--smg-prefill-workers",
+        type=int,
+        metavar="P",
+        help="Compute long prompts in P workers of their own, so that they do not stall the "
+        "tokens of others. (default: no split; 1 where --smg-decode-workers is given)",
+    )
+    add(
+        "--smg-decode-workers",
+        type=int,
+        metavar="D",
+        help="Workers that generate, and compute short prompts. (default: no split; 1 where "
+        "--smg-prefill-workers is given)",
+    )
+    for role in ("prefill", "decode"):
+        add(
+            f"--smg-{role}-devices",
+            metavar="DEVICES",
+            help=f"CUDA devices of the {role} workers, such as cuda:0,cuda:1; one for all, or one "
+            "each. (default: devices of their own, or all share the first where there are too few)",
+        )
+    add(
+        "--smg-split-tokens",
+        type=int,
+        metavar="TOKENS",
+        help="Prompt tokens not known to be cached from which a request goes through a prefill "
+        f"worker. (default: {DEFAULT_SPLIT_TOKENS})",
+    )
+
+
 def configure_from_cli(server_args: ServerArgs, args: argparse.Namespace) -> None:
     """Apply the parsed flags; a wrong one ends the process with one sentence and code 2."""
     given = {name: getattr(args, dest, None) for dest, name in _FIELDS.items()}
-    given = {name: value for name, value in given.items() if value not in (None, False)}
+    given = {name: v for name, v in given.items() if v is not None and v is not False}
     if not getattr(args, "enable_smg", False):
         if given:
             dests = [dest for dest, name in _FIELDS.items() if name in given]
@@ -142,6 +179,10 @@ def configure(server_args: ServerArgs, given: Mapping[str, Any], origin: str) ->
     if server_args.page_size is None:
         server_args.page_size = config.page_size
     _leave_room(server_args, config)
+    if config.workers:
+        _refuse_beside_split(server_args)
+        # The phase controller takes the place of SGLang's data-parallel controller.
+        server_args.dp_size = config.workers
     server_args.enable_unified_cache_external_linker = True
     server_args.unified_cache_external_linker_backend = "dynamic"
     # Also what /server_info shows as our configuration.
@@ -209,6 +250,24 @@ def _refuse_flags(args: ServerArgs) -> None:
     for found, flag in conflicts:
         if found:
             raise ConfigError(f"--enable-smg cannot be combined with {flag}; drop one of the two.")
+
+
+def _refuse_beside_split(args: ServerArgs) -> None:
+    """Refuse what cannot be combined with prefill and decode workers."""
+    conflicts = [
+        (args.dp_size > 1, "--dp-size above 1"),
+        (args.attn_dp_size > 1, "--attn-dp-size above 1"),
+        (args.enable_dp_attention, "--enable-dp-attention"),
+        (args.nnodes > 1, "--nnodes above 1"),
+        (args.tokenizer_worker_num > 1, "--tokenizer-worker-num above 1"),
+        (args.enable_lora or args.lora_paths, "LoRA adapters"),
+    ]
+    for found, flag in conflicts:
+        if found:
+            raise ConfigError(
+                f"--smg-prefill-workers and --smg-decode-workers cannot be combined with {flag}; "
+                "drop one of the two."
+            )
 
 
 def refuse_model(server_args: ServerArgs) -> None:

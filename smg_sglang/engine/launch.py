@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,17 @@ def check_model(server_args: Any) -> None:
             refuse_model(server_args)
 
 
+def prepare_split(server_args: Any) -> None:
+    """Plan prefill and decode workers, where they were asked for. Main process only."""
+    choice = getattr(server_args, ATTRIBUTE, None)
+    if choice is None or not SmgConfig.from_builtins(choice["config"]).workers:
+        return
+    from smg_sglang.engine import phase_launch
+
+    with _one_sentence(choice["origin"]):
+        phase_launch.prepare(server_args)
+
+
 def start_memory(server_args: Any) -> None:
     """Start the embedded memory server, or name the one to attach to. Main process only.
 
@@ -73,3 +85,5 @@ def retire_memory() -> None:
     """This process is about to kill its children: start none again, leave no files. Idempotent."""
     while _running:
         _running.pop().retire()
+    if (split := sys.modules.get("smg_sglang.engine.phase_launch")) is not None:
+        split.retire()

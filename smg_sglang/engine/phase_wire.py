@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zlib
 from array import array
 from typing import Any
 
@@ -72,8 +73,6 @@ def _session_of(message: Any) -> str | None:
 
 def home_of(session: str, decode_workers: range) -> int:
     """The decode worker of a session: the same for all its requests."""
-    import zlib
-
     return decode_workers[zlib.crc32(session.encode()) % len(decode_workers)]
 
 
@@ -168,11 +167,6 @@ def abort_answer(rid: str) -> bytes:
 def failed_answer(rid: str, message: str) -> bytes:
     """The last output of a request that failed. It goes by the detokenizer, which has to forget
     the request: its rid may come again."""
-    nothing: dict[str, Any] = {
-        name: None
-        for name in BatchTokenIDOutput.__struct_fields__
-        if name not in BatchTokenIDOutput.__struct_defaults__ and name not in ("rids",)
-    }
     known = {
         "rids": [rid],
         "http_worker_ipcs": [None],
@@ -190,17 +184,15 @@ def failed_answer(rid: str, message: str) -> bytes:
         "cached_tokens": [0],
         "retraction_counts": [0],
     }
-    return encode(BatchTokenIDOutput(**_required(nothing) | known))
+    return encode(BatchTokenIDOutput(**{**dict.fromkeys(_required_fields()), **known}))
 
 
-def _required(fields: dict[str, Any]) -> dict[str, Any]:
-    """Only those without a default; the optional ones keep theirs."""
-    required = {
+def _required_fields() -> list[str]:
+    return [
         field.name
         for field in msgspec.structs.fields(BatchTokenIDOutput)
         if field.default is msgspec.NODEFAULT and field.default_factory is msgspec.NODEFAULT
-    }
-    return {name: fields.get(name) for name in required}
+    ]
 
 
 # ---- control messages ----

@@ -12,7 +12,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from smg_sglang.engine import flags, launch
+import setproctitle
+
+from smg_sglang.engine import flags, launch, phase_worker
+
+#: What SGLang calls the process of its data-parallel controller before it loads plugins.
+CONTROLLER_TITLE = "sglang::data_parallel_controller"
 
 
 def register() -> None:
@@ -35,6 +40,11 @@ def register() -> None:
         hook("utils.common.kill_process_tree", _before_kill_tree, HookType.BEFORE)
     if "sglang.srt.managers.scheduler" in sys.modules:
         _register_worker_hooks(hook, HookType)
+    if setproctitle.getproctitle() == CONTROLLER_TITLE:
+        from smg_sglang.engine.phase_controller import PhaseDataParallelController
+
+        controller = "managers.data_parallel_controller.DataParallelController"
+        hook(controller, PhaseDataParallelController, HookType.REPLACE)
     _register_attention()
 
 
@@ -51,6 +61,7 @@ def _register_worker_hooks(hook: Callable[..., None], kind: Any) -> None:
         _around_prepare_for_extend,
         kind.AROUND,
     )
+    hook(f"{parts}.output_sender.SenderWrapper.send_output", _around_send_output, kind.AROUND)
     hook("managers.schedule_batch.release_req", _before_release_req, kind.BEFORE)
     # Updates by tensor, by broadcast and over RDMA run between begin and end.
     for update in (
@@ -94,6 +105,7 @@ def _before_resolve_once(server_args: Any) -> None:
 def _after_check(result: Any, server_args: Any) -> None:
     """SGLang checks the resolved arguments once, in the main process, then starts the workers."""
     launch.check_model(server_args)
+    launch.prepare_split(server_args)
     launch.start_memory(server_args)
 
 
@@ -108,13 +120,19 @@ def _around_create_cache(original: Callable[..., Any], ctx: Any, **kwargs: Any) 
         from smg_sglang.engine.cache import SmgRadixCache
 
         kwargs["cache_class"] = SmgRadixCache
-    return original(ctx, **kwargs)
+    cache = original(ctx, **kwargs)
+    phase_worker.attach(cache, ctx.server_args)
+    return cache
+
+
+def _around_send_output(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return phase_worker.around_send_output(original, *args, **kwargs)
 
 
 def _after_internal_state(result: Any, component: Any, *args: Any) -> None:
     tier = getattr(component.scheduler.tree_cache, "host_tier", None)
     if tier is not None:
-        result.internal_state["smg"] = tier.state()
+        result.internal_state["smg"] = tier.state() | phase_worker.state()
 
 
 def _before_weight_update(component: Any, *args: Any, **kwargs: Any) -> None:

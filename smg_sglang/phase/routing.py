@@ -6,11 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from smg_sglang.config import DEFAULT_SPLIT_TOKENS
 from smg_sglang.phase.prefixes import Known
 from smg_sglang.phase.requests import Arrival, Worker
-
-#: A prompt with fewer new tokens than this is computed by the decode worker itself.
-DEFAULT_SPLIT_TOKENS = 256
 
 
 class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
