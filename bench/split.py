@@ -1,0 +1,226 @@
+"""`make bench-split`: chats stream while long prompts keep arriving; one worker against a split.
+
+Both servers have the same cores and take turns, so that what else the box does meets both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from bench.serving import machine
+from bench.serving.client import Answer, Client
+from bench.serving.subjects import attention_backend
+from tools.sglang_server import SglangServer
+
+OUT = Path(__file__).parent / "out"
+UNSPLIT, SPLIT = "one worker", "split"
+CHAT_PROMPT = 64
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One server's turn. Times in seconds from its start."""
+
+    chats: list[Answer]
+    longs: list[Answer]
+
+    def gaps(self) -> list[tuple[float, float]]:
+        """(when, how long) of each wait for a next token while long prompts were in play."""
+        first = min(long.sent_s for long in self.longs)
+        last = max(long.token_s[0] for long in self.longs)
+        return [
+            (later, later - earlier)
+            for chat in self.chats
+            for earlier, later in zip(chat.token_s, chat.token_s[1:], strict=False)
+            if later >= first and earlier <= last
+        ]
+
+    def ttfts(self) -> list[float]:
+        return [long.ttft_s for long in self.longs]
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make bench-split", description=__doc__)
+    add = parser.add_argument
+    add("--model-path", help="a model folder or hub name (default: the demo model)")
+    add("--streams", type=int, default=8, help="chats that stream (8)")
+    add("--long-tokens", type=int, default=4000, help="tokens of a long prompt (4000)")
+    add("--longs", type=int, default=3, help="long prompts a turn, one after the other (3)")
+    add("--pause-s", type=float, default=2.0, help="seconds between them (2)")
+    add("--turns", type=int, default=2, help="turns of each server (2)")
+    add("--dtype", default="bfloat16", help="of weights and KV (bfloat16)")
+    add("--pool-tokens", type=int, default=16384, help="tokens of each worker's pool (16384)")
+    add("--host-gb", type=float, default=2.0, help="GiB of host memory for pages (2)")
+    add("--prefill-workers", type=int, default=1)
+    add("--decode-workers", type=int, default=1)
+    add("--server-args", default="", help="more flags for both servers, as one string")
+    add("--out", type=Path, default=OUT / "split.json", help="the JSON file; the PNG lies beside")
+    options = parser.parse_args(arguments)
+    if options.model_path is None:
+        from tools.demo_model import demo_model
+
+        options.model_path = str(demo_model())
+    return options
+
+
+def start(options: argparse.Namespace, name: str) -> SglangServer:
+    """A server; only the split differs."""
+    args = [
+        *("--enable-smg", "--smg-host-gb", str(options.host_gb), "--dtype", options.dtype),
+        *("--max-total-tokens", str(options.pool_tokens), "--log-level", "warning"),
+        *options.server_args.split(),
+    ]
+    if backend := attention_backend(None):
+        args += ["--attention-backend", backend]
+    if name == SPLIT:
+        args += ["--smg-prefill-workers", str(options.prefill_workers)]
+        args += ["--smg-decode-workers", str(options.decode_workers)]
+    logs = options.out.parent / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    return SglangServer(options.model_path, args, log=logs / f"split-{name.replace(' ', '-')}.log")
+
+
+def prompt(rng: random.Random, length: int) -> list[int]:
+    return [rng.randrange(1000, 40000) for _ in range(length)]
+
+
+async def take_turn(server: SglangServer, options: argparse.Namespace, seed: int) -> Turn:
+    """Chats stream until the last long prompt has its first token and a little longer."""
+    rng = random.Random(seed)
+    stopped = asyncio.Event()
+    chats: list[Answer] = []
+
+    async def chat(client: Client, number: int) -> None:
+        while not stopped.is_set():
+            chats.append(await client.ask(prompt(rng, CHAT_PROMPT), 150, number))
+
+    async with Client(server.url) as client:
+        tasks = [asyncio.create_task(chat(client, number)) for number in range(options.streams)]
+        await asyncio.sleep(options.pause_s)
+        longs = []
+        for _ in range(options.longs):
+            longs.append(await client.ask(prompt(rng, options.long_tokens), 2))
+            await asyncio.sleep(options.pause_s)
+        stopped.set()
+        await asyncio.gather(*tasks)
+    return Turn(chats, longs)
+
+
+def figures(turns: list[Turn]) -> dict[str, Any]:
+    gaps = np.array([gap for turn in turns for _, gap in turn.gaps()]) * 1000
+    ttfts = np.array([ttft for turn in turns for ttft in turn.ttfts()])
+    return {
+        "itl_p50_ms": float(np.percentile(gaps, 50)),
+        "itl_p99_ms": float(np.percentile(gaps, 99)),
+        "itl_max_ms": float(gaps.max()),
+        "tokens": len(gaps),
+        "ttft_p50_s": float(np.median(ttfts)),
+        "ttft_max_s": float(ttfts.max()),
+        "long_prompts": len(ttfts),
+    }
+
+
+def verdicts(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The promises: p99 of inter-token latency at most 1/5, time to first token at most 2.5x."""
+    one, split = found[UNSPLIT], found[SPLIT]
+    return {
+        "itl_p99_ratio": split["itl_p99_ms"] / one["itl_p99_ms"],
+        "itl_p99_at_most": 0.2,
+        "ttft_ratio": split["ttft_p50_s"] / one["ttft_p50_s"],
+        "ttft_at_most": 2.5,
+    }
+
+
+def show(console: Console, found: dict[str, dict[str, Any]], judged: dict[str, Any]) -> None:
+    table = Table(title="chats that stream while long prompts arrive")
+    for head in ("", "ITL p50", "ITL p99", "ITL max", "long TTFT p50", "max"):
+        table.add_column(head, justify="right")
+    for name, f in found.items():
+        times = [f"{f[key]:.0f} ms" for key in ("itl_p50_ms", "itl_p99_ms", "itl_max_ms")]
+        table.add_row(name, *times, f"{f['ttft_p50_s']:.2f} s", f"{f['ttft_max_s']:.2f} s")
+    console.print(table)
+    for what in ("itl_p99", "ttft"):
+        ratio, limit = judged[f"{what}_ratio"], judged[f"{what}_at_most"]
+        word = "kept" if ratio <= limit else "MISSED"
+        console.print(f"{what} split / one worker: {ratio:.2f} (at most {limit}): {word}")
+
+
+def plot(turns: dict[str, list[Turn]], path: Path) -> None:
+    """Each wait for a token over time, for the first turn of each; long prompts shaded."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(turns), 1, figsize=(9, 5), sharey=True, squeeze=False)
+    for axis, (name, taken) in zip(axes[:, 0], turns.items(), strict=True):
+        turn = taken[0]
+        for long in turn.longs:
+            axis.axvspan(long.sent_s, long.token_s[0], color="tab:orange", alpha=0.2, lw=0)
+        when, gaps = zip(*turn.gaps(), strict=True)
+        axis.plot(when, np.array(gaps) * 1000, ".", markersize=3)
+        axis.set_yscale("log")
+        axis.set_ylabel("ms to next token")
+        axis.set_title(f"{name} (shaded: a long prompt waits for its first token)", fontsize=9)
+    axes[-1, 0].set_xlabel("seconds")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    console = Console()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1" if Path(options.model_path).is_dir() else "0")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    described = machine.describe()
+    turns: dict[str, list[Turn]] = {UNSPLIT: [], SPLIT: []}
+    with ExitStack() as stack:
+        servers = {}
+        for name in turns:
+            servers[name] = start(options, name)
+            stack.callback(servers[name].stop)
+        with console.status("starting two servers"):
+            for server in servers.values():
+                server.wait_ready()
+                asyncio.run(take_turn(server, _warm(options), seed=999))
+        for number in range(options.turns):
+            for name, server in servers.items():
+                with console.status(f"turn {number + 1} of {options.turns}: {name}"):
+                    turns[name].append(asyncio.run(take_turn(server, options, seed=number)))
+    found = {name: figures(taken) for name, taken in turns.items()}
+    judged = verdicts(found)
+    show(console, found, judged)
+    raw = {name: [asdict(turn) for turn in taken] for name, taken in turns.items()}
+    result = {
+        "machine": described,
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+        "figures": found,
+        "verdicts": judged,
+        "turns": raw,
+    }
+    options.out.write_text(json.dumps(result) + "\n")
+    plot(turns, options.out.with_suffix(".png"))
+    console.print(f"{options.out}\n{options.out.with_suffix('.png')}")
+    return 0
+
+
+def _warm(options: argparse.Namespace) -> argparse.Namespace:
+    """One short turn, so that nothing is compiled or allocated in a measured one."""
+    return argparse.Namespace(**{**vars(options), "longs": 1, "streams": 2, "pause_s": 0.5})
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
