@@ -17,6 +17,7 @@ from smg_sglang.errors import ConfigError
 DEFAULT_SHARE = {"cuda": 0.5, "cpu": 0.25}
 MIN_HOST_GB = 0.0625
 MAX_PAGE_SIZE = 128
+MAX_ADDRESS_BYTES = 107 - len("/control")
 #: A prompt with fewer new tokens than this is computed by the decode worker itself
 #: (measured: `docs/split.md`).
 DEFAULT_SPLIT_TOKENS = 256
@@ -97,8 +98,8 @@ def make_config(
         )
     if not 1 <= page_size <= MAX_PAGE_SIZE or page_size & (page_size - 1):
         raise ConfigError(
-            f"--smg-page-size must be a power of two from 1 to {MAX_PAGE_SIZE} tokens, "
-            f"not {page_size}."
+            f"--smg-page-size (or --page-size) must be a power of two from 1 to "
+            f"{MAX_PAGE_SIZE} tokens, not {page_size}."
         )
     if not 0 < lookup_timeout_ms <= 10_000:
         raise ConfigError(
@@ -171,6 +172,12 @@ def check_address(address: str) -> str:
     if "://" in directory or not directory.startswith("/"):
         raise ConfigError(
             f"--smg-memory must be ipc:///DIRECTORY or an absolute directory, not {address!r}."
+        )
+    # sun_path holds 107 bytes, and the longest name in the directory is "/control".
+    if len(os.fsencode(directory)) > MAX_ADDRESS_BYTES:
+        raise ConfigError(
+            f"--smg-memory is longer than the {MAX_ADDRESS_BYTES} bytes that a socket's path "
+            f"may have: choose a shorter directory than {directory!r}."
         )
     return directory
 

@@ -6,11 +6,14 @@ takes no lock. `TierMetrics` turns them into Prometheus series from a background
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 #: seconds; a lookup is bounded by --smg-lookup-timeout-ms (20 ms by default)
 LOOKUP_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 1.0)
@@ -91,8 +94,15 @@ class TierMetrics:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
+        failed = False
         while not self._stop.wait(PUBLISH_EVERY_S):
-            self.publish()
+            try:
+                self.publish()
+                failed = False
+            except Exception:
+                if not failed:  # once, not every two seconds
+                    logger.exception("smg: metrics could not be published")
+                failed = True
 
     def publish(self) -> None:
         """Bring every series up to the current reading."""

@@ -59,10 +59,10 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
         """
         self.hit_markers.pop(req.rid, None)
         tail = self._tail_hashes(key, result, result.device_prefix_len)
-        if not tail:
-            self.tier.forget(req.rid)
-            return result
         head = self._path(result.last_device_node) if result.device_prefix_len else b""
+        if not tail:
+            self.tier.touch(req.rid, head)
+            return result
         pages = self.tier.find(req.rid, head + keys_from_hex(tail), len(head) // KEY_BYTES)
         pages = self._agreed(pages, len(tail))
         if pages == 0:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,9 +55,8 @@ class _Written:
 class _Links:
     """Two connections to one namespace: the scheduler's never waits behind the spill thread's."""
 
-    def __init__(self, address: str, namespace: Namespace) -> None:
+    def __init__(self, address: str, namespace: Namespace, mappings: ArenaMappings) -> None:
         self.namespace = namespace
-        mappings = ArenaMappings()
         self.lookups = MemoryLink(address, namespace, mappings=mappings)
         self.background = MemoryLink(address, namespace, mappings=mappings)
 
@@ -94,7 +94,9 @@ class HostTier:
         self._page_size = pool.layout.page_size
         self._timeout_s = config.lookup_timeout_ms / 1000
         self._one_rank = namespace.tp_size == 1
-        self._links = _Links(address, namespace)
+        self._mappings = ArenaMappings()
+        self._links = _Links(address, namespace, self._mappings)
+        self._private = False
         self._flush_owed = False
         self._arena: Arena | None = None
         self._found: FoundLeases[Lease] = FoundLeases(
@@ -135,6 +137,16 @@ class HostTier:
         lease = self._lookup(path, start)
         self._found.put(rid, question, lease)
         return len(lease.pages) if lease is not None else 0
+
+    def touch(self, rid: str, path: bytes) -> None:
+        """All of the prompt is on the device: keep the host's copy as young as the device's."""
+        question = (len(path) // KEY_BYTES, len(path) // KEY_BYTES, path[-KEY_BYTES:])
+        if not path or self._found.get(rid, question) is not None:
+            return
+        self._found.put(rid, question, None)
+        connection = self._connection()
+        if connection is not None:
+            connection.touch(path)
 
     def _lookup(self, path: bytes, start: int) -> Lease | None:
         connection = self._connection()
@@ -291,6 +303,10 @@ class HostTier:
         counters.bytes += pages * self._mover.layout.page_bytes
         counters.seconds += seconds
 
+    def _dropped_pages(self) -> Counter[str]:
+        # `copy` is one call into C, so another thread cannot add a reason half-way.
+        return self.counters.dropped_pages.copy() + self._spills.counters.dropped.copy()
+
     def _dropped(self, reason: str, pages: int) -> bool:
         self.counters.dropped_pages[reason] += pages
         return False
@@ -324,15 +340,25 @@ class HostTier:
         Where the server does not answer, nothing is looked up until it has been told.
         """
         self._quiesce()
+        while self._spills.num_completed():
+            self._spills.pop_completed()
         self._flush_owed = True
         self._connection()
 
     def weights_changed(self) -> None:
-        """From now on pages are another model's: nobody else has computed them."""
+        """From now on pages are another model's: nobody else has computed them.
+
+        Completed spills stay to be popped: their nodes are locked until then.
+        """
         self._quiesce()
+        if self._private:
+            # Nobody will ever find the pages of the former update again.
+            self._flush_owed = True
+            self._connection()
         namespace = msgspec.structs.replace(self._links.namespace, model=uuid.uuid4().hex)
         self._links.close()
-        self._links = _Links(self._address, namespace)
+        self._links = _Links(self._address, namespace, self._mappings)
+        self._private = True
         self._flush_owed = False
 
     def _quiesce(self) -> None:
@@ -343,8 +369,6 @@ class HostTier:
         for index in list(self._started):
             self.finish_loads(index)
         self._spills.drain()
-        while self._spills.num_completed():
-            self._spills.pop_completed()
 
     def close(self) -> None:
         """End all threads and connections."""
@@ -368,6 +392,7 @@ class HostTier:
             "leases_held": self._found.num_leases + len(self._queued) + len(self._started),
             "spills_waiting": self._spills.waiting_slots,
             **self.counters.snapshot(),
+            "dropped_pages": dict(self._dropped_pages()),
         }
 
     def _memory_state(self, connection: MemoryConnection | None) -> dict[str, Any] | None:
@@ -389,7 +414,7 @@ class HostTier:
     def read_metrics(self) -> Reading:
         """Current values of the `smg:` series. Metrics thread; asks the memory server."""
         spills, loads = self._spills.counters, self._loads.counters
-        dropped = self.counters.dropped_pages + spills.dropped
+        dropped = self._dropped_pages()
         reading: dict[str, Any] = {
             "smg:hit_tokens": dict(self.counters.hit_tokens),
             "smg:prompt_tokens": self.counters.prompt_tokens,

@@ -186,7 +186,8 @@ class SpillQueue(Generic[Key, Handle]):
         self._thread.join()
 
     def _has_room(self, num_slots: int) -> bool:
-        if self._max_waiting_pages is None:
+        # A job that is larger than the limit by itself must not be refused for ever.
+        if self._max_waiting_pages is None or not self._waiting_slots:
             return True
         limit = self._max_waiting_pages * self._mover.layout.page_size
         return self._waiting_slots + num_slots <= limit

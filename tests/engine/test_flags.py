@@ -89,6 +89,13 @@ def test_a_wrong_flag_ends_with_one_sentence_and_code_2(capsys):
     assert err.startswith("smg: --smg-host-gb") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("flag", ["--smg-host-gb", "--smg-page-size"])
+def test_a_zero_is_not_the_default(flag, capsys):
+    with pytest.raises(SystemExit):
+        flags.configure_from_cli(make_args(), parse("--enable-smg", flag, "0"))
+    assert flag in capsys.readouterr().err
+
+
 def test_a_flag_of_ours_without_the_switch_is_refused(capsys):
     with pytest.raises(SystemExit):
         flags.configure_from_cli(make_args(), parse("--smg-host-gb", "3"))

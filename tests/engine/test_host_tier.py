@@ -190,6 +190,18 @@ def test_a_full_tier_forgets_the_oldest_prefix(make_world):
     assert world.tier.find("new", path_of(prompts - 1, 16), 0) == 4
 
 
+def test_a_prefix_that_is_hot_on_the_device_does_not_age_in_memory(make_world):
+    world = make_world(host_bytes=1 << 20)
+    prompts = (1 << 20) // (16 * LAYERS * 2 * 2 * 8 * 4) + 1
+    world.spill(0, 16, slots_at(0, 16))
+    for seed in range(1, prompts):
+        world.tier.touch(f"r{seed}", path_of(0, 16))
+        world.tier.state()  # the same connection, so the touch has been handled
+        assert world.spill(seed, 16, slots_at(0, 16)) == [True]
+    assert world.tier.find("hot", path_of(0, 16), 0) == 4
+    assert world.tier.find("cold", path_of(1, 16), 0) == 0
+
+
 def test_flush_forgets_everything(make_world):
     world = make_world()
     world.spill(1, 16, slots_at(0, 16))
@@ -221,6 +233,30 @@ def test_other_weights_are_another_namespace(make_world):
     assert world.tier.find("r", path_of(1, 16), 0) == 0
     assert world.spill(1, 16, slots_at(0, 16)) == [True]
     assert world.tier.find("s", path_of(1, 16), 0) == 4
+
+
+def test_a_weight_update_leaves_completed_spills_to_be_popped(make_world):
+    """Each holds a lock in SGLang's tree, which only its completion releases."""
+    world = make_world()
+    world.write(1, slots_at(0, 16))
+    world.tier.spill(path_of(1, 16), slots_at(0, 16), own_slots=16)
+    world.tier.weights_changed()
+    assert world.tier.num_completed_spills() == 1
+    assert world.tier.pop_completed_spill()
+
+
+def test_pages_of_a_former_weight_update_do_not_stay_in_memory(make_world):
+    world = make_world()
+    for _ in range(3):
+        world.tier.weights_changed()
+        world.connected()
+        assert world.spill(1, 16, slots_at(0, 16)) == [True]
+    assert world.tier.state()["memory"]["pages_ready"] == 4
+
+
+def test_a_prompt_longer_than_the_waiting_limit_is_spilled(make_world):
+    world = make_world()
+    assert world.spill(1, SLOTS * 3 // 4, slots_at(0, SLOTS * 3 // 4)) == [True]
 
 
 def test_without_a_server_everything_is_a_miss_and_nothing_raises(make_world):
