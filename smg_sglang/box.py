@@ -20,7 +20,10 @@ class BoxMemory(NamedTuple):
 
 
 def box_memory(root: Path = Path("/")) -> BoxMemory:
-    """The smaller of the machine's and of every enclosing cgroup's memory (v2 and v1)."""
+    """The smaller of the machine's and of every enclosing cgroup's memory (v2 and v1).
+
+    Page cache that the kernel drops when memory is wanted counts as available.
+    """
     info = _meminfo(root)
     total, available = info["MemTotal"], info.get("MemAvailable", info["MemFree"])
     for limit, used in _cgroup_limits(root):
@@ -58,25 +61,36 @@ def _meminfo(root: Path) -> dict[str, int]:
 
 
 def _cgroup_limits(root: Path) -> list[tuple[int, int]]:
-    """(limit, use) of each cgroup we are in that has a limit."""
+    """(limit, use without page cache) of each cgroup we are in that has a limit."""
     found = []
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current")
+            cache = "inactive_file"
         elif "memory" in controllers.split(","):
             base = root / "sys/fs/cgroup/memory"
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            cache = "total_inactive_file"
         else:
             continue
         group = base / path.lstrip("/")
         for directory in (group, *group.parents):
             limit, used = (_read(directory / name).strip() for name in names)
             if limit.isdigit():
-                found.append((int(limit), int(used or 0)))
+                found.append((int(limit), max(0, int(used or 0) - _stat(directory, cache))))
             if directory == base:
                 break
     return found
+
+
+def _stat(group: Path, field: str) -> int:
+    """A field of the cgroup's memory.stat, in bytes; 0 if it is not there."""
+    for line in _read(group / "memory.stat").splitlines():
+        name, _, value = line.partition(" ")
+        if name == field:
+            return int(value)
+    return 0
 
 
 def _read(path: Path) -> str:

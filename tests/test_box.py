@@ -47,6 +47,23 @@ def test_cgroups_of_the_first_version_count(root):
     assert box_memory(root) == (2 * GIB, GIB)
 
 
+def test_page_cache_that_can_be_dropped_is_available(root):
+    write(root, "proc/self/cgroup", "0::/\n")
+    write(root, "sys/fs/cgroup/memory.max", f"{8 * GIB}\n")
+    write(root, "sys/fs/cgroup/memory.current", f"{7 * GIB}\n")
+    write(root, "sys/fs/cgroup/memory.stat", f"anon 5\ninactive_file {4 * GIB}\n")
+    assert box_memory(root) == (8 * GIB, 5 * GIB)
+
+
+def test_page_cache_of_the_whole_v1_hierarchy_is_available(root):
+    write(root, "proc/self/cgroup", "5:memory:/docker/1\n")
+    group = "sys/fs/cgroup/memory/docker/1/memory"
+    write(root, f"{group}.limit_in_bytes", f"{2 * GIB}\n")
+    write(root, f"{group}.usage_in_bytes", f"{2 * GIB}\n")
+    write(root, f"{group}.stat", f"inactive_file 7\ntotal_inactive_file {GIB}\n")
+    assert box_memory(root) == (2 * GIB, GIB)
+
+
 def test_this_machine_has_memory():
     memory = box_memory()
     assert 0 < memory.available <= memory.total
