@@ -108,9 +108,12 @@ class MemoryConnection:
             raise MemoryUnavailable(f"cannot map the arena of {where}: {error}") from error
         finally:
             os.close(arena_fd)
-        connection = cls(
-            Channel(where.control, welcome.identity, life), arena, welcome.geometry, welcome.epoch
-        )
+        try:
+            channel = Channel(where.control, welcome.identity, life)
+        except Exception as error:
+            life.close()
+            raise MemoryUnavailable(f"cannot talk to {where}: {error}") from error
+        connection = cls(channel, arena, welcome.geometry, welcome.epoch)
         try:
             connection.ping(max(0.0, deadline - time.monotonic()))
         except MemoryUnavailable:

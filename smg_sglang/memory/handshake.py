@@ -20,7 +20,10 @@ def shake_hands(
 
     Each of the three steps waits `timeout_s` at most. Raises MemoryUnavailable.
     """
-    life = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        life = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:  # out of file descriptors
+        raise MemoryUnavailable(f"cannot look for a memory server at {where}: {error}") from error
     fds: list[int] = []
     try:
         life.settimeout(timeout_s)

@@ -98,10 +98,13 @@ class MemoryLink:
                 self.address, self.namespace, self._open_timeout_s, self._mappings
             )
         except MemoryUnavailable as error:
-            if self.last_error is None:  # once, not at every attempt
-                log.warning("no memory server for now: %s", error)
-            self.last_error = str(error)
-            return None
+            reason = str(error)
+        except Exception as error:  # whatever it is may pass; without this thread nothing would
+            reason = repr(error)
+        if self.last_error is None:  # once, not at every attempt
+            log.warning("no memory server for now: %s", reason)
+        self.last_error = reason
+        return None
 
     def _set(self, connection: MemoryConnection) -> None:
         with self._changed:

@@ -84,9 +84,13 @@ class MemoryProcess:
         command += ["--parent-fd", str(theirs.fileno())]
         command += [] if self._pretouch else ["--no-pretouch"]
         with theirs:
-            self._child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
-            )
+            try:
+                self._child = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+                )
+            except BaseException:
+                ours.close()
+                raise
         self._line = ours
 
     def _await_ready(self, timeout_s: float) -> None:
@@ -110,10 +114,21 @@ class MemoryProcess:
             if self._stopping.is_set():
                 return
             log.warning("the memory server ended (exit code %s); starting another", code)
-            if self._stopping.wait(backoff_s):
-                return
+            backoff_s = self._keep_restarting(backoff_s)
+
+    def _keep_restarting(self, backoff_s: float) -> float:
+        """Until it works or `stop`; returns the next backoff."""
+        failures = 0
+        while not self._stopping.wait(backoff_s):
             backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
-            self._restart()
+            try:
+                self._restart()
+                break
+            except Exception as error:  # no memory or no descriptors now: there may be later
+                if not failures:
+                    log.warning("cannot start a memory server now, trying on: %r", error)
+                failures += 1
+        return backoff_s
 
     def _restart(self) -> None:
         with self._changing:

@@ -1,6 +1,8 @@
 """Links and processes: what happens to clients when servers die, stop and come back."""
 
+import errno
 import gc
+import logging
 import os
 import signal
 import subprocess
@@ -13,6 +15,9 @@ import psutil
 import pytest
 
 from smg_sglang.errors import ConfigError, MemoryUnavailable
+from smg_sglang.memory import handshake
+from smg_sglang.memory import process as process_module
+from smg_sglang.memory.client import MemoryConnection
 from smg_sglang.memory.link import MemoryLink
 from smg_sglang.memory.process import MemoryProcess
 
@@ -46,6 +51,57 @@ def test_a_link_finds_a_server_that_starts_later(directory):
     assert link.last_error is None
     link.close()
     server.stop()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EMFILE, "too many"), ConfigError("no"), MemoryError(), ValueError()]
+)
+def test_a_link_outlives_any_error_and_says_it_once(running, error, monkeypatch, caplog):
+    attempts = []
+    real = MemoryConnection.open
+
+    def open_(*arguments):
+        attempts.append(1)
+        if len(attempts) < 5:
+            raise type(error)(*error.args)  # new: its traceback keeps frames alive
+        return real(*arguments)
+
+    monkeypatch.setattr(MemoryConnection, "open", open_)
+    with caplog.at_level(logging.WARNING):
+        link = MemoryLink(running.address, make_namespace(), first_backoff_s=0.001)
+        assert link.wait(5) is not None
+    link.close()
+    assert caplog.text.count("no memory server for now") == 1
+
+
+def test_no_descriptor_for_the_life_line_is_memory_unavailable(running, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(handshake.socket, "socket", refuse)
+    with pytest.raises(MemoryUnavailable, match="too many open files"):
+        running.open()
+
+
+def test_a_restart_that_fails_is_tried_again_and_told_once(process, monkeypatch, caplog):
+    real = subprocess.Popen
+    attempts = []
+
+    def popen(*arguments, **options):
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise OSError(errno.ENOMEM, "cannot allocate memory")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(process_module, "_FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(process_module.subprocess, "Popen", popen)
+    before = psutil.Process().num_fds()
+    with caplog.at_level(logging.WARNING):
+        os.kill(process.pid, signal.SIGKILL)
+        eventually(lambda: process.restarts == 1)
+    assert len(attempts) == 3
+    assert caplog.text.count("cannot start a memory server now") == 1
+    assert psutil.Process().num_fds() == before
 
 
 def test_a_link_comes_back_after_the_server_was_killed(process, link):
