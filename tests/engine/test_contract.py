@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import pickle
 import pkgutil
+import re
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ WRAPPER = f"{LINKER}.UnifiedCacheLinkerWrapper"
 CACHE = "mem_cache.unified_radix_cache.UnifiedRadixCache"
 CORE = "mem_cache.rust_tree_core.adapter.RustUnifiedTreeCore"
 UPDATER = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+SENDER = "managers.scheduler_components.output_sender.SenderWrapper"
+CONTROLLER = "managers.data_parallel_controller.DataParallelController"
 STATE = "managers.scheduler_components.internal_state.SchedulerInternalStateController"
 
 SIGNATURES = [
@@ -88,6 +91,14 @@ SIGNATURES = [
         "hisparse_coordinator offload_kv",
     ),
     ("plugin.py", f"{STATE}.get_internal_state", "self recv_req"),
+    ("phase_worker.py", f"{SENDER}.send_output", "self output recv_obj"),
+    (
+        "phase_controller.py",
+        f"{CONTROLLER}.__init__",
+        "self server_args port_args run_scheduler_process_func prelaunched_schedulers",
+    ),
+    ("phase_controller.py", f"{CONTROLLER}.get_init_info", "self"),
+    ("phase_controller.py", f"{CONTROLLER}.event_loop", "self"),
     ("plugin.py", f"{UPDATER}.update_weights_from_disk", "self recv_req"),
     ("plugin.py", f"{UPDATER}.update_weights_from_ipc", "self recv_req"),
     ("plugin.py", f"{UPDATER}.begin_weight_update", "self recv_req"),
@@ -159,6 +170,37 @@ def test_a_request_knows_whether_its_hits_were_counted():
     for name in ("_cache_breakdown_computed", "cached_tokens_device", "origin_input_ids"):
         assert f"self.{name} = " in source
     assert list(inspect.signature(ScheduleBatch.prepare_for_extend).parameters) == ["self"]
+
+
+@needed_by("engine/plugin.py (CONTROLLER_TITLE)")
+def test_the_controller_process_has_its_title_before_it_loads_plugins():
+    from sglang.srt.managers import data_parallel_controller
+
+    from smg_sglang.engine.plugin import CONTROLLER_TITLE
+
+    source = inspect.getsource(data_parallel_controller.run_data_parallel_controller_process)
+    title = source.index(f'setproctitle("{CONTROLLER_TITLE}")')
+    assert title < source.index("load_plugins()") < source.index("= DataParallelController(")
+
+
+@needed_by("engine/phase_controller.py (PhaseDataParallelController)")
+def test_the_controller_process_uses_only_what_the_phase_controller_has():
+    from sglang.srt.managers import data_parallel_controller
+
+    source = inspect.getsource(data_parallel_controller.run_data_parallel_controller_process)
+    assert set(re.findall(r"controller\.(\w+)", source)) == {
+        "scheduler_procs",
+        "get_init_info",
+        "local_kv_event_sources",
+        "event_loop",
+    }
+
+
+@needed_by("engine/phase_worker.py")
+def test_a_sender_has_no_socket_but_on_the_first_rank():
+    from sglang.srt.managers.scheduler_components.output_sender import SenderWrapper
+
+    assert SenderWrapper(None).socket is None
 
 
 @needed_by("engine/cache.py (spill_retracted)")

@@ -28,11 +28,13 @@ def registered(monkeypatch):
     """Registers in a process of some role; the targets, each as often as it was registered."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    def register(*, main, worker, times=1):
+    def register(*, main, worker, controller=False, times=1):
         seen = Counter()
         name = "sglang.srt.managers.scheduler"
         with monkeypatch.context() as role:
             role.setattr(HookRegistry, "register", lambda target, *_: seen.update([target]))
+            title = plugin.CONTROLLER_TITLE if controller else "sglang::detokenizer"
+            role.setattr(plugin.setproctitle, "getproctitle", lambda: title)
             role.setattr(multiprocessing, "parent_process", lambda: None if main else "parent")
             if worker:
                 role.setitem(sys.modules, name, sys.modules.get(name, ModuleType(name)))
@@ -64,6 +66,16 @@ def test_a_worker_gets_hooks_of_the_scheduler_only(registered):
 
 def test_the_main_process_does_not_import_the_scheduler_for_our_hooks(registered):
     assert not places(set(registered(main=True, worker=False))) & WORKER_ONLY
+
+
+def test_only_the_controller_process_gets_another_controller(registered):
+    # It imports SGLang's scheduler, in whose place there may be a stand-in below.
+    from smg_sglang.engine import phase_controller  # noqa: F401
+
+    target = "managers.data_parallel_controller.DataParallelController"
+    assert target in registered(main=False, worker=True, controller=True)
+    for main, worker in ((True, False), (False, True), (False, False)):
+        assert target not in registered(main=main, worker=worker)
 
 
 def test_registering_twice_finds_the_same_targets(registered):
@@ -153,6 +165,16 @@ def test_state_and_weights_of_another_cache_are_left_alone():
     assert plugin._after_internal_state(result, component) is None
     assert result.internal_state == {"model_path": "m"}
     assert plugin._before_weight_update(component, object()) is None
+
+
+def test_a_worker_outside_a_split_sends_each_output_as_it_is(plain):
+    from smg_sglang.engine import phase_worker
+
+    phase_worker.attach(object(), plain)
+    assert phase_worker.state() == {}
+    sender, output, request = SimpleNamespace(socket="socket"), object(), object()
+    sent = plugin._around_send_output(lambda *given: given, sender, output, request)
+    assert sent == (sender, output, request)
 
 
 def test_a_shutdown_without_a_memory_server_does_nothing(monkeypatch):

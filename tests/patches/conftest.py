@@ -23,7 +23,8 @@ class Hooks:
         from sglang.srt.plugins.hook_registry import _wrap_fn
 
         for kind, function in self.by_target.get(f"sglang.srt.{target}", ()):
-            original = _wrap_fn(original, function, kind)
+            replaced = isinstance(function, type)
+            original = function if replaced else _wrap_fn(original, function, kind)
         return original
 
     def apply(self, target: str, cls: type, *names: str) -> None:
@@ -37,22 +38,25 @@ class Hooks:
 
 @pytest.fixture
 def hooks(monkeypatch) -> Hooks:
-    """The hooks of the main process and of a worker."""
+    """The hooks of the main process, of a worker and of the data-parallel controller."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    from smg_sglang.engine import plugin
+    # Imports SGLang's scheduler, so it comes before that has a stand-in.
+    from smg_sglang.engine import phase_controller, plugin  # noqa: F401
 
     by_target = defaultdict(list)
     scheduler = "sglang.srt.managers.scheduler"
-    with monkeypatch.context() as both_roles:
-        both_roles.setattr(
+    with monkeypatch.context() as all_roles:
+        all_roles.setattr(
             HookRegistry,
             "register",
             lambda target, hook, kind, **_: by_target[target].append((kind, hook)),
         )
-        both_roles.setattr(multiprocessing, "parent_process", lambda: None)
+        all_roles.setattr(multiprocessing, "parent_process", lambda: None)
+        title = plugin.CONTROLLER_TITLE
+        all_roles.setattr(plugin.setproctitle, "getproctitle", lambda: title)
         stand_in = sys.modules.get(scheduler, ModuleType(scheduler))
-        both_roles.setitem(sys.modules, scheduler, stand_in)
+        all_roles.setitem(sys.modules, scheduler, stand_in)
         plugin.register()
     return Hooks(by_target)
 

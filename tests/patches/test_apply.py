@@ -31,6 +31,8 @@ PATCH_OF = {
         )
     },
     "managers.schedule_batch.release_req": "0006",
+    "managers.data_parallel_controller.DataParallelController": "0007",
+    "managers.scheduler_components.output_sender.SenderWrapper.send_output": "0008",
     # Needs none: SGLang calls `checkpoint` of the cache with each request it has prefilled.
     "managers.schedule_batch.ScheduleBatch.prepare_for_extend": None,
 }

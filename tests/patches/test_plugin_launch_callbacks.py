@@ -1,4 +1,4 @@
-"""0002: when the memory server is started and retired, next to the workers."""
+"""0002: when workers are planned and the memory server is started and retired."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def events(monkeypatch):
     """What happened, in order."""
     seen = []
     monkeypatch.setattr(launch, "check_model", lambda server_args: None)
+    monkeypatch.setattr(launch, "prepare_split", lambda server_args: seen.append("planned"))
     monkeypatch.setattr(launch, "start_memory", lambda server_args: seen.append("memory"))
     monkeypatch.setattr(launch, "retire_memory", lambda: seen.append("retired"))
     return seen
@@ -56,9 +57,10 @@ def test_hook_and_patch_start_the_memory_server_after_the_checks_and_before_the_
     hooked = events.copy()
     events.clear()
     lifecycle = patched.module(LIFECYCLE)
-    lifecycle.on_launch(launch.start_memory)
+    for step in (launch.prepare_split, launch.start_memory):
+        lifecycle.on_launch(step)
     start(patched, events, {"run_launch_callbacks": lifecycle.run_launch_callbacks})
-    assert hooked == events == ["checked", "memory", "workers"]
+    assert hooked == events == ["checked", "planned", "memory", "workers"]
 
 
 def kill(source, events, names, wrap, parent_pid):
