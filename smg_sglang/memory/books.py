@@ -10,7 +10,7 @@ from smg_sglang.errors import SmgError
 from smg_sglang.memory.arena import PageGeometry
 from smg_sglang.memory.namespace import Namespace
 from smg_sglang.memory.room import make_room
-from smg_sglang.memory.slabs import READY, WRITING, PageAllocator, SlabPool, choose_slab_bytes
+from smg_sglang.memory.slabs import READY, WRITING, PageAllocator, SlabPool, grow_freely
 from smg_sglang.memory.space import Space
 from smg_sglang.memory.stats import Counters, Stats
 from smg_sglang.tree.node import Node
@@ -67,8 +67,10 @@ class Books:
         arena_bytes: int,
         slab_bytes: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        may_grow: Callable[[int], bool] = grow_freely,
     ) -> None:
-        self._pool = SlabPool(arena_bytes, slab_bytes or choose_slab_bytes(arena_bytes))
+        """`may_grow`: see `SlabPool`."""
+        self._pool = SlabPool(arena_bytes, slab_bytes, may_grow)
         self._arena_bytes = arena_bytes
         self._clock = clock
         self._allocators: dict[int, PageAllocator] = {}  # by page_bytes

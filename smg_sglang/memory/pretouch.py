@@ -9,22 +9,30 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
+
+from smg_sglang.memory.slabs import grow_freely
 
 log = logging.getLogger(__name__)
 
 _STEP_BYTES = 4 << 20
 _AHEAD_BYTES = 1 << 30
+_SHORTAGE_PAUSE_S = 2.0
 
 
 class Pretouch:
     """Keeps 1 GiB (or an eighth of the arena) beyond what was ever used ready to write.
 
     So memory in use grows with the pages held, not with the size asked for. At lowest priority,
-    and half of the time at most; sleeps when it is ahead.
+    and half of the time at most; sleeps when it is ahead or the box is short of memory.
     """
 
-    def __init__(self, fd: int, arena_bytes: int) -> None:
+    def __init__(
+        self, fd: int, arena_bytes: int, may_grow: Callable[[int], bool] = grow_freely
+    ) -> None:
+        """`may_grow` (on this thread) is asked before each step, with the byte it goes to."""
         self._fd = fd
+        self._may_grow = may_grow
         self._arena_bytes = arena_bytes
         self._ahead = max(_AHEAD_BYTES, arena_bytes // 8)
         self._goal = min(arena_bytes, self._ahead)
@@ -59,6 +67,9 @@ class Pretouch:
         while self._wait_for_work():
             started = time.monotonic()
             step = min(_STEP_BYTES, self._goal - self.touched)
+            if not self._may_grow(self.touched + step):
+                self._rest(_SHORTAGE_PAUSE_S)
+                continue
             try:
                 os.posix_fallocate(self._fd, self.touched, step)
             except OSError as error:

@@ -20,6 +20,7 @@ from smg_sglang.memory.address import Address, peer_uid
 from smg_sglang.memory.arena import create_memfd
 from smg_sglang.memory.books import Books, PageSizeRefused
 from smg_sglang.memory.desk import Desk
+from smg_sglang.memory.growth import Growth
 from smg_sglang.memory.pretouch import Pretouch
 from smg_sglang.memory.sockets import bind, listen
 from smg_sglang.memory.stats import Stats
@@ -53,7 +54,6 @@ class MemoryServer:
         check_host_bytes(host_bytes)
         self.address = address
         self.epoch = secrets.token_hex(8)
-        self.books = Books(host_bytes, slab_bytes)
         self._host_bytes = host_bytes
         self._started = time.monotonic()
         self._malformed = 0
@@ -80,7 +80,9 @@ class MemoryServer:
         for source in (self._control, self._listener.fileno(), self._wake):
             self._poller.register(source, zmq.POLLIN)
         self._stops = {self._wake}
-        self._pretouch = Pretouch(self._arena_fd, host_bytes) if pretouch else None
+        may_grow = Growth(self._arena_fd).may_grow
+        self.books = Books(host_bytes, slab_bytes, may_grow=may_grow)
+        self._pretouch = Pretouch(self._arena_fd, host_bytes, may_grow) if pretouch else None
         self._desk = Desk(self.books, self.stats)
 
     def watch(self, fd: int) -> None:

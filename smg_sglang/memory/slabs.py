@@ -1,6 +1,7 @@
 """Which pages of the arena are free: slabs for page sizes, pages within slabs. Books only."""
 
 import heapq
+from collections.abc import Callable
 
 import numpy as np
 
@@ -14,6 +15,11 @@ _WASTE_SHARE = 16  # a slab may waste 1/16 of its bytes at its end
 FREE, WRITING, READY = 0, 1, 2
 
 
+def grow_freely(end_bytes: int) -> bool:
+    """Any part of the arena may be used for the first time."""
+    return True
+
+
 def choose_slab_bytes(arena_bytes: int) -> int:
     """64 MiB, or an eighth of a small arena."""
     eighth = arena_bytes // 8 // _GRAIN * _GRAIN
@@ -23,8 +29,18 @@ def choose_slab_bytes(arena_bytes: int) -> int:
 class SlabPool:
     """The arena cut into equal slabs, given out lowest first in aligned runs of `width`."""
 
-    def __init__(self, arena_bytes: int, slab_bytes: int) -> None:
-        self.slab_bytes = slab_bytes
+    def __init__(
+        self,
+        arena_bytes: int,
+        slab_bytes: int | None,
+        may_grow: Callable[[int], bool] = grow_freely,
+    ) -> None:
+        """`slab_bytes`: None for a size that suits the arena.
+
+        `may_grow` is asked before the arena is used up to a byte beyond what ever was.
+        """
+        self.slab_bytes = slab_bytes = slab_bytes or choose_slab_bytes(arena_bytes)
+        self._may_grow = may_grow
         self._free = np.ones(arena_bytes // slab_bytes, dtype=bool)
         self.high_water = 0
         """Slabs below this number have been given out at some time."""
@@ -40,14 +56,21 @@ class SlabPool:
         return int(np.count_nonzero(self._free))
 
     def take(self, width: int) -> int | None:
-        """The number, in units of `width` slabs, of a run that is the caller's now."""
+        """The number, in units of `width` slabs, of a run that is the caller's now.
+
+        None if there is none, or none that was used before while the arena may not grow.
+        """
         whole = len(self._free) // width * width
         runs = self._free[:whole].reshape(-1, width).all(axis=1)
         if not runs.any():
             return None
-        run = int(runs.argmax())
-        self._free[run * width : (run + 1) * width] = False
-        self.high_water = max(self.high_water, (run + 1) * width)
+        run = int(runs.argmax())  # the lowest: if it is new, so are all others
+        end = (run + 1) * width
+        if end > self.high_water:
+            if not self._may_grow(end * self.slab_bytes):
+                return None
+            self.high_water = end
+        self._free[run * width : end] = False
         return run
 
     def give(self, run: int, width: int) -> None:

@@ -15,7 +15,13 @@ class World:
 
     def __init__(self, pages: int = 64, slab_bytes: int = 8192) -> None:
         self.now = 0.0
-        self.books = Books(pages * 1024, slab_bytes, clock=lambda: self.now)
+        self.limit = pages * 1024
+        self.books = Books(
+            self.limit,
+            slab_bytes,
+            clock=lambda: self.now,
+            may_grow=lambda end_bytes: end_bytes <= self.limit,
+        )
         self._ids = iter(range(1, 1 << 30))
 
     def connect(self, name: bytes = A, **namespace) -> bytes:
@@ -307,3 +313,19 @@ def test_pages_of_a_client_that_left_are_found_by_the_next():
     world.write(world.connect(A), make_path(1, 2))
     world.books.connection_lost(A)
     assert world.found(world.connect(B), make_path(1, 2)) == 2
+
+
+def test_a_box_short_of_memory_is_like_a_full_tier():
+    world = World(pages=64)
+    world.limit = 16 * 1024
+    a = world.connect(A)
+    other = world.connect(b"o", model="other", page_bytes=2048)
+    old = fresh_path(16)
+    assert world.write(a, old) == 16
+    _, _, pinned = world.reserve(a, fresh_path(8))
+    assert len(pinned) == 8 and world.found(a, old) == 8, "its own oldest pages gave way"
+    assert world.write(a, fresh_path(20)) == 8, "fewer than asked, when the rest is pinned"
+    assert world.write(other, fresh_path(4)) == 4, "whole slabs change hands as ever"
+    world.limit = 64 * 1024
+    assert world.write(a, fresh_path(20)) == 20
+    world.stats()

@@ -46,3 +46,20 @@ def test_what_was_written_before_it_was_prepared_stays(arena_fd):
 
 def test_stopping_before_starting_is_fine(arena_fd):
     Pretouch(arena_fd, MIB).stop()
+
+
+def test_a_box_short_of_memory_is_not_prepared_until_there_is_more(arena_fd, monkeypatch):
+    monkeypatch.setattr(pretouch, "_SHORTAGE_PAUSE_S", 0.005)
+    limit, asked = [12 * MIB], []
+
+    def may_grow(end_bytes: int) -> bool:
+        asked.append(end_bytes)
+        return end_bytes <= limit[0]
+
+    worker = Pretouch(arena_fd, 64 * MIB, may_grow)
+    worker.start()
+    eventually(lambda: asked.count(16 * MIB) > 1)
+    assert worker.touched == resident(arena_fd) == 12 * MIB
+    limit[0] = 64 * MIB
+    eventually(lambda: worker.touched == 64 * MIB)
+    worker.stop()

@@ -92,6 +92,14 @@ def test_runs_of_slabs_are_aligned():
     assert pool.take(4) == 0
 
 
+def test_while_the_arena_may_not_grow_only_used_slabs_are_given_out():
+    pool = SlabPool(8 * 4096, 4096, lambda end_bytes: end_bytes <= 2 * 4096)
+    assert (pool.take(1), pool.take(1), pool.take(1)) == (0, 1, None)
+    pool.give(0, 1)
+    assert (pool.take(1), pool.take(1)) == (0, None)
+    assert (pool.high_water, pool.num_free) == (2, 6)
+
+
 @given(st.lists(st.integers(-20, 20), max_size=40), st.randoms())
 def test_taking_and_giving_loses_no_page(steps, random):
     allocator, pool = make_allocator(page_bytes=700)
