@@ -22,6 +22,7 @@ from smg_sglang.memory.books import Books, PageSizeRefused
 from smg_sglang.memory.desk import Desk
 from smg_sglang.memory.growth import Growth
 from smg_sglang.memory.pretouch import Pretouch
+from smg_sglang.memory.rare_log import RareLog
 from smg_sglang.memory.sockets import bind, listen
 from smg_sglang.memory.stats import Stats
 
@@ -59,6 +60,7 @@ class MemoryServer:
         self._malformed = 0
         self._strays = 0
         self._refused = 0
+        self._rare = RareLog(log)
         self._running = True
         self._clients: dict[int, tuple[socket.socket, bytes]] = {}  # life fd -> socket, identity
         self._guests: dict[int, socket.socket] = {}  # accepted, no Hello yet
@@ -134,7 +136,7 @@ class MemoryServer:
         try:
             guest, _ = self._listener.accept()
         except OSError as error:  # it gave up again, or we are out of file descriptors
-            log.warning("could not accept a connection: %s", error)
+            self._rare.warn(f"could not accept a connection: {error}")
             time.sleep(0.01 if error.errno in (errno.EMFILE, errno.ENFILE) else 0)
             return
         guest.setblocking(False)
@@ -158,7 +160,7 @@ class MemoryServer:
             self._refuse(guest, str(error))
             return
         except Exception as error:
-            log.exception("could not welcome a client")
+            self._rare.warn("could not welcome a client", trace=True)
             self._refuse(guest, f"internal error: {error!r}")
             return
         self._clients[fd] = (guest, identity)
@@ -172,7 +174,7 @@ class MemoryServer:
 
     def _refuse(self, guest: socket.socket, reason: str) -> None:
         self._refused += 1
-        log.warning("refused a connection: %s", reason)
+        self._rare.warn(f"refused a connection: {reason}")
         with contextlib.suppress(OSError):
             guest.send(protocol.encode(protocol.Refused(0, reason)))
         guest.close()
@@ -223,7 +225,7 @@ class MemoryServer:
             reason = str(error)
         except Exception as error:
             # A bug of ours must not take everybody's memory down; it is counted and told.
-            log.exception("could not handle a %s", type(message).__name__)
+            self._rare.warn(f"could not handle a {type(message).__name__}", trace=True)
             self._malformed += 1
             reason = f"internal error: {error!r}"
         id_ = getattr(message, "id", None)
@@ -231,9 +233,7 @@ class MemoryServer:
 
     def _drop(self, reason: str, data: bytes) -> None:
         self._malformed += 1
-        # Powers of two: a client gone mad must not fill the disk with log.
-        if self._malformed & (self._malformed - 1) == 0:
-            log.warning("dropped malformed message %d: %s: %r", self._malformed, reason, data[:32])
+        self._rare.warn("dropped a malformed message", f"{reason}: {data[:32]!r}")
 
     def _close(self) -> None:
         if self._pretouch:

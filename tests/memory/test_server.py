@@ -247,6 +247,25 @@ def test_another_protocol_version_is_refused(running):
     life.close()
 
 
+def test_a_client_that_is_refused_for_ever_does_not_fill_the_log(running, caplog):
+    with caplog.at_level(logging.WARNING):
+        for _ in range(40):
+            with pytest.raises(MemoryUnavailable):
+                running.open(make_namespace(page_bytes=2 << 20))
+    assert running.server.stats().refused == 40
+    assert caplog.text.count("refused a connection") == 6
+
+
+def test_connections_that_cannot_be_accepted_do_not_fill_the_log(directory, caplog):
+    server = MemoryServer(Address.parse(directory), 1 << 20, pretouch=False)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(40):
+            server._accept()  # nobody is there: the listener never blocks
+    assert caplog.text.count("could not accept") == 6
+    server.stop()
+    server.run()
+
+
 def test_nobody_there_is_memory_unavailable(directory):
     with pytest.raises(MemoryUnavailable, match="no memory server"):
         MemoryConnection.open(directory, make_namespace(), 1)
