@@ -53,7 +53,7 @@ class Address:
         """Make the directory ours and lock it; returns the lock's fd, held while we live.
 
         Sockets of a dead server are taken over. Raises ConfigError when another server lives
-        here or when somebody else could get at the directory.
+        here or when somebody else could get at the directory; OSError when the disk is full.
         """
         parent = os.path.dirname(self.directory)
         if os.path.basename(parent) == f"smg-{os.getuid()}":
@@ -69,9 +69,13 @@ class Address:
                 f"a memory server (pid {holder}) already runs at {self}: stop it, or choose "
                 "another --address"
             ) from None
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-        self.remove_sockets()
+        try:
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+            self.remove_sockets()
+        except OSError:  # the disk is full
+            os.close(lock)
+            raise
         return lock
 
     def remove_sockets(self) -> None:
@@ -93,10 +97,13 @@ def _make_private(directory: str) -> None:
         os.makedirs(os.path.dirname(directory), exist_ok=True)
         os.mkdir(directory, 0o700)
     except FileExistsError:
-        pass
+        pass  # or a file stands in its parent's place, which lstat tells
     except OSError as error:
         raise ConfigError(f"cannot create {directory}: {error.strerror}") from error
-    found = os.lstat(directory)
+    try:
+        found = os.lstat(directory)
+    except OSError as error:
+        raise ConfigError(f"cannot use {directory}: {error.strerror}") from error
     if not stat.S_ISDIR(found.st_mode):
         raise ConfigError(f"{directory} is not a directory: choose another --address")
     if found.st_uid != os.getuid() or found.st_mode & 0o077:

@@ -1,16 +1,17 @@
 """The embedded memory server: a child process that is kept running and never outlives us."""
 
 import logging
+import os
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 
 from smg_sglang.box import GIB, check_host_bytes
 from smg_sglang.errors import ConfigError
+from smg_sglang.memory.private_dirs import make_private_dir, sweep_private_dirs
 from smg_sglang.memory.server import READY
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ class MemoryProcess:
 
     def __init__(self, host_bytes: int, *, pretouch: bool = True) -> None:
         """Use `start`."""
-        self.address = tempfile.mkdtemp(prefix="smg-memory-")
+        self.address, self._mark = make_private_dir()
         self.restarts = 0
         self._host_bytes = host_bytes
         self._pretouch = pretouch
@@ -45,6 +46,7 @@ class MemoryProcess:
     ) -> "MemoryProcess":
         """Start and wait until it accepts connections. Raises ConfigError in one sentence."""
         check_host_bytes(host_bytes)
+        sweep_private_dirs()
         process = cls(host_bytes, pretouch=pretouch)
         try:
             process._spawn()
@@ -71,6 +73,9 @@ class MemoryProcess:
         if self._supervisor.is_alive():
             self._supervisor.join()
         shutil.rmtree(self.address, ignore_errors=True)
+        if self._mark >= 0:
+            os.close(self._mark)
+            self._mark = -1
 
     def retire(self) -> None:
         """Somebody else is about to kill the child: do not start another, leave no files."""

@@ -65,19 +65,10 @@ class MemoryServer:
         self._clients: dict[int, tuple[socket.socket, bytes]] = {}  # life fd -> socket, identity
         self._guests: dict[int, socket.socket] = {}  # accepted, no Hello yet
         self._known: dict[bytes, int] = {}  # identity -> life fd
-        with contextlib.ExitStack() as undo:
-            self._lock = address.claim()
-            undo.callback(os.close, self._lock)
-            self._arena_fd = create_memfd(host_bytes)
-            undo.callback(os.close, self._arena_fd)
-            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            undo.callback(os.close, self._wake)
-            self._listener = listen(address)
-            undo.callback(self._listener.close)
-            self._context = zmq.Context(1)
-            undo.callback(self._context.destroy, 0)
-            self._control = bind(self._context, address)
-            undo.pop_all()
+        try:
+            self._open(host_bytes)
+        except (OSError, zmq.ZMQError) as error:
+            raise ConfigError(f"cannot set up a memory server at {address}: {error}") from error
         self._poller = zmq.Poller()
         for source in (self._control, self._listener.fileno(), self._wake):
             self._poller.register(source, zmq.POLLIN)
@@ -86,6 +77,22 @@ class MemoryServer:
         self.books = Books(host_bytes, slab_bytes, may_grow=may_grow)
         self._pretouch = Pretouch(self._arena_fd, host_bytes, may_grow) if pretouch else None
         self._desk = Desk(self.books, self.stats)
+
+    def _open(self, host_bytes: int) -> None:
+        """All that the kernel may refuse; closes what it opened if it does."""
+        with contextlib.ExitStack() as undo:
+            self._lock = self.address.claim()
+            undo.callback(os.close, self._lock)
+            self._arena_fd = create_memfd(host_bytes)
+            undo.callback(os.close, self._arena_fd)
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            undo.callback(os.close, self._wake)
+            self._listener = listen(self.address)
+            undo.callback(self._listener.close)
+            self._context = zmq.Context(1)
+            undo.callback(self._context.destroy, 0)
+            self._control = bind(self._context, self.address)
+            undo.pop_all()
 
     def watch(self, fd: int) -> None:
         """Stop as soon as `fd` is readable or at EOF: the parent's end is closed."""

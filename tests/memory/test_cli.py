@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -24,6 +25,39 @@ def test_a_wrong_size_ends_with_one_sentence_and_code_2(size, directory, capsys)
 def test_a_wrong_address_ends_with_one_sentence_and_code_2(address, capsys):
     assert main(["--host-gb", "0.01", "--address", address]) == 2
     assert "memory address" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("below", ["file/here", "file/deep/here", "file"])
+def test_a_file_in_the_way_ends_with_one_sentence_and_code_2(below, directory, capsys):
+    with open(f"{directory}/file", "w"):
+        pass
+    assert main(["--host-gb", "0.01", "--address", f"{directory}/{below}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{directory}/file" in error
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ("os.memfd_create", PermissionError(errno.EPERM, "Operation not permitted")),
+        ("os.ftruncate", OSError(errno.ENOSPC, "No space left on device")),
+        ("os.pwrite", OSError(errno.ENOSPC, "No space left on device")),
+        ("os.eventfd", OSError(errno.EMFILE, "Too many open files")),
+    ],
+)
+def test_what_the_kernel_refuses_ends_with_one_sentence(
+    call, error, directory, capsys, monkeypatch
+):
+    def refuse(*_):
+        raise error
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patched:
+        patched.setattr(call, refuse)
+        assert main(["--host-gb", "0.01", "--address", directory]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and error.strerror in told
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_the_command_serves_until_it_is_told_to_stop(directory):
