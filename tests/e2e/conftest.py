@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import random
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -12,6 +15,12 @@ import psutil
 import pytest
 
 from tools.sglang_server import SglangServer, running_server
+
+#: Where the servers of these tests put their sockets, so that other servers on the box do not count
+#: as left behind. Short, since a socket's path is.
+PRIVATE_TMP = tempfile.mkdtemp(prefix="smg-e2e-", dir="/tmp")
+atexit.register(shutil.rmtree, PRIVATE_TMP, ignore_errors=True)
+os.environ["TMPDIR"] = PRIVATE_TMP
 
 #: A pool much smaller than the working set, so that every test sees evictions. fp32: texts are
 #: compared token for token. One thread a server: the box may have two cores for two servers.
@@ -87,7 +96,7 @@ def nothing_left_behind():
 
 
 def _our_directories() -> list[Path]:
-    return list(Path("/tmp").glob("smg-memory-*"))
+    return list(Path(PRIVATE_TMP).glob("smg-memory-*"))
 
 
 def _descendants() -> set[int]:
