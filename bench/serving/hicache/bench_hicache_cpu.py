@@ -23,8 +23,10 @@ def register() -> None:
 
 
 def _replace_cuda_calls(*args: Any, **kwargs: Any) -> None:
-    from sglang.srt.mem_cache.pool_host import common, mha
+    from sglang.srt.mem_cache.pool_host import base, common, mha
 
+    # It wants 10 GiB left free, and the other servers are on the same box.
+    base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 1 << 30
     common._cuda_host_register = _register_nothing
     mha.transfer_kv_direct = _copy_rows
 
