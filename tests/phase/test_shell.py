@@ -200,6 +200,13 @@ def test_an_abort_while_prefilling_is_answered_at_once(make_world):
     assert all(state.get("open", []) == [] for state in world.states())
 
 
+def test_without_prefill_workers_decode_workers_share_the_work(make_world):
+    world = make_world(prefill=0, decode=2)
+    for n in range(6):
+        world.send(request(f"r{n}", long_prompt(ENDLESS)))
+    world.until(lambda: [len(worker.work) for worker in world.shell.machine.workers] == [3, 3])
+
+
 def test_a_message_nobody_understands_is_dropped(make_world):
     world = make_world()
     world.to_shell.send(b"\xc1 not msgpack")
