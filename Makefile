@@ -7,7 +7,7 @@ ARGS ?=
 MODEL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-gpu bench bench-tree bench-transfer bench-gpu lint model clean distclean
+.PHONY: help serve test test-split test-gpu bench bench-tree bench-transfer bench-gpu lint model clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -18,6 +18,9 @@ serve: $(VENV)/.ready ## a server with --enable-smg on 127.0.0.1:30000; MODEL=pa
 test: $(VENV)/.ready ## the whole test suite; ARGS="pytest flags"
 	@$(RUN) -m tools.demo_model >/dev/null
 	@$(RUN) -m pytest $(ARGS)
+
+test-split: $(VENV)/.ready ## the experimental split of prefill and decode, killed in every way
+	@SMG_TEST_SPLIT=1 $(RUN) -m pytest tests/e2e/test_split.py $(ARGS)
 
 test-gpu: $(VENV)/.ready ## only what needs a CUDA device; ARGS="pytest flags"
 	@$(RUN) -m pytest tests/gpu $(ARGS)

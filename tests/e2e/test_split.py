@@ -26,7 +26,11 @@ from tests.e2e.conftest import (
 )
 from tools.sglang_server import SglangServer
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [
+    pytest.mark.timeout(600),
+    # Experimental, and minutes long: each kind of process is killed, and started again.
+    pytest.mark.skipif("SMG_TEST_SPLIT" not in os.environ, reason="the split: `make test-split`"),
+]
 
 SPLIT = (
     *BASE,
