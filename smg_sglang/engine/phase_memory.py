@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from sglang.srt.arg_groups.overrides import resolving_view
@@ -10,12 +12,15 @@ from sglang.srt.arg_groups.overrides import resolving_view
 from smg_sglang.box import box_memory
 from smg_sglang.engine.phase_plan import WorkerPlan
 
+#: More than this of what is free is never given to one worker.
+MAX_FRACTION = 0.95
+
 
 class MemoryShares:
-    """Each worker's share of what one server alone would take, in bytes, fixed at first start.
+    """Each worker's weights and its share of the KV pool that is left, fixed at first start.
 
-    SGLang sizes a pool as a fraction of the memory that is free when the worker starts, so a worker
-    that starts again beside others needs another fraction for the same bytes.
+    SGLang takes a fraction, for weights and pool, of the memory that is free when the worker
+    starts; so a worker that starts again beside others needs another fraction for the same bytes.
     """
 
     def __init__(self, server_args: Any, plans: Sequence[WorkerPlan]) -> None:
@@ -23,14 +28,36 @@ class MemoryShares:
         # --max-total-tokens is per worker, whatever the share.
         self._fraction = None if view.max_total_tokens is not None else view.mem_fraction_static
         self._free_at_start = {plan.device: free_bytes(plan.device) for plan in plans}
+        self._neighbours = Counter(plan.device for plan in plans)
+        self._weights = weight_bytes(view.model_path) // view.tp_size
 
     def fraction(self, plan: WorkerPlan) -> float | None:
         """`mem_fraction_static` for a worker about to start; None leaves SGLang's own."""
-        alone = plan.memory_share == 1.0
-        if self._fraction is None or alone:
+        if self._fraction is None or self._neighbours[plan.device] == 1:
             return None
-        wanted = self._free_at_start[plan.device] * self._fraction * plan.memory_share
-        return min(0.95, wanted / max(1, free_bytes(plan.device)))
+        wanted = share_bytes(
+            self._free_at_start[plan.device] * self._fraction,
+            weights=self._weights,
+            workers=self._neighbours[plan.device],
+            share=plan.memory_share,
+        )
+        return min(MAX_FRACTION, wanted / max(1, free_bytes(plan.device)))
+
+
+def share_bytes(total: float, *, weights: int, workers: int, share: float) -> float:
+    """Weights and pool of one worker of several that share `total` bytes: each has the weights."""
+    return weights + share * max(0.0, total - workers * weights)
+
+
+def weight_bytes(model_path: str) -> int:
+    """Size of a local model's weight files; 0 for one that is not local."""
+    folder = Path(model_path)
+    if not folder.is_dir():
+        return 0
+    for suffix in ("*.safetensors", "*.bin", "*.pt", "*.gguf"):
+        if size := sum(file.stat().st_size for file in folder.glob(suffix)):
+            return size
+    return 0
 
 
 def free_bytes(device: str) -> int:

@@ -144,3 +144,11 @@ def test_a_good_life_makes_earlier_deaths_forgotten():
     restarts.came_up(30.0)
     restarts.died(30.0 + STEADY_S)
     assert restarts.failures == 1
+
+
+def test_each_worker_has_the_weights_and_its_share_of_the_rest():
+    pytest.importorskip("sglang")
+    from smg_sglang.engine.phase_memory import share_bytes
+
+    parts = [share_bytes(1000, weights=200, workers=2, share=share) for share in (1 / 3, 2 / 3)]
+    assert parts == [200 + 200, 200 + 400]
