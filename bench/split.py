@@ -26,7 +26,9 @@ from bench.serving.subjects import attention_backend
 from tools.sglang_server import SglangServer
 
 OUT = Path(__file__).parent / "out"
-UNSPLIT, SPLIT = "one worker", "split"
+UNSPLIT, MIXED, SPLIT = "one worker", "one worker, mixed chunks", "split"
+#: What SGLang offers against stalls without a split: small chunks, in one batch with the decodes.
+MIXED_ARGS = ("--enable-mixed-chunk", "--chunked-prefill-size", "256")
 CHAT_PROMPT = 64
 
 
@@ -81,16 +83,21 @@ def start(options: argparse.Namespace, name: str) -> SglangServer:
     args = [
         *("--enable-smg", "--smg-host-gb", str(options.host_gb), "--dtype", options.dtype),
         *("--max-total-tokens", str(options.pool_tokens), "--log-level", "warning"),
+        "--enable-metrics",
         *options.server_args.split(),
     ]
     if backend := attention_backend(None):
         args += ["--attention-backend", backend]
+    if name == MIXED:
+        args += MIXED_ARGS
     if name == SPLIT:
         args += ["--smg-prefill-workers", str(options.prefill_workers)]
         args += ["--smg-decode-workers", str(options.decode_workers)]
     logs = options.out.parent / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    return SglangServer(options.model_path, args, log=logs / f"split-{name.replace(' ', '-')}.log")
+    return SglangServer(
+        options.model_path, args, log=logs / f"split-{name.replace(',', '').replace(' ', '-')}.log"
+    )
 
 
 def prompt(rng: random.Random, length: int) -> list[int]:
@@ -133,6 +140,16 @@ def figures(turns: list[Turn]) -> dict[str, Any]:
     }
 
 
+def phase_seconds(server: SglangServer) -> dict[str, float]:
+    """Mean seconds of each phase, as the phase controller measured them since its start."""
+    sums: dict[str, dict[str, float]] = {"sum": {}, "count": {}}
+    for line in server.get("/metrics").splitlines():
+        for kind, found in sums.items():
+            if line.startswith(f"smg:phase_seconds_{kind}{{"):
+                found[line.split('stage="')[1].split('"')[0]] = float(line.rsplit(" ", 1)[1])
+    return {stage: round(sums["sum"][stage] / n, 3) for stage, n in sums["count"].items() if n}
+
+
 def verdicts(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The promises: p99 of inter-token latency at most 1/5, time to first token at most 2.5x."""
     one, split = found[UNSPLIT], found[SPLIT]
@@ -165,7 +182,7 @@ def plot(turns: dict[str, list[Turn]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(len(turns), 1, figsize=(9, 5), sharey=True, squeeze=False)
+    figure, axes = pyplot.subplots(len(turns), 1, figsize=(9, 7), sharey=True, squeeze=False)
     for axis, (name, taken) in zip(axes[:, 0], turns.items(), strict=True):
         turn = taken[0]
         for long in turn.longs:
@@ -186,13 +203,13 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1" if Path(options.model_path).is_dir() else "0")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     described = machine.describe()
-    turns: dict[str, list[Turn]] = {UNSPLIT: [], SPLIT: []}
+    turns: dict[str, list[Turn]] = {UNSPLIT: [], MIXED: [], SPLIT: []}
     with ExitStack() as stack:
         servers = {}
         for name in turns:
             servers[name] = start(options, name)
             stack.callback(servers[name].stop)
-        with console.status("starting two servers"):
+        with console.status("starting the servers"):
             for server in servers.values():
                 server.wait_ready()
                 asyncio.run(take_turn(server, _warm(options), seed=999))
@@ -200,15 +217,18 @@ def main(arguments: list[str]) -> int:
             for name, server in servers.items():
                 with console.status(f"turn {number + 1} of {options.turns}: {name}"):
                     turns[name].append(asyncio.run(take_turn(server, options, seed=number)))
+        phases = phase_seconds(servers[SPLIT])
     found = {name: figures(taken) for name, taken in turns.items()}
     judged = verdicts(found)
     show(console, found, judged)
+    console.print(f"in the split server, seconds a request: {phases}")
     raw = {name: [asdict(turn) for turn in taken] for name, taken in turns.items()}
     result = {
         "machine": described,
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
         "figures": found,
         "verdicts": judged,
+        "phase_seconds": phases,
         "turns": raw,
     }
     options.out.write_text(json.dumps(result) + "\n")

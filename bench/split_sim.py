@@ -41,19 +41,19 @@ class Costs:
     Attributes:
         token: to prefill one token.
         context: more for each token of context before it.
-        step: a decode step.
+        step: a decode step, or what a prefill batch takes beside its tokens.
         stream: more for each stream in it.
         load: to load one token's KV from host memory.
         hand_off: of the hand-off beside that: routing, publishing the last pages.
         chunk: prefill tokens a batch.
     """
 
-    token: float = 1.3e-3
-    context: float = 2.5e-7
-    step: float = 22e-3
-    stream: float = 4e-3
-    load: float = 4e-6
-    hand_off: float = 10e-3
+    token: float = 1.4e-3
+    context: float = 1.05e-6
+    step: float = 55e-3
+    stream: float = 3.5e-3
+    load: float = 2.7e-5
+    hand_off: float = 5e-3
     chunk: int = 2048
 
     def prefill(self, tokens: int, context: int) -> float:
@@ -84,14 +84,14 @@ class Seen:
 
     def kept(self, ttft: float, gap: float) -> bool:
         gaps = np.diff(self.tokens)
-        late = len(gaps) > 0 and float(np.percentile(gaps, 95)) > gap
+        late = len(gaps) > 0 and float(np.percentile(gaps, 99)) > gap
         return self.tokens[0] - self.arrived <= ttft and not late
 
 
 class Simulation:
     """One run. Time in seconds from its start."""
 
-    def __init__(self, prefill: int, decode: int, costs: Costs, split_tokens: int = 256) -> None:
+    def __init__(self, prefill: int, decode: int, costs: Costs, split_tokens: int = 128) -> None:
         self.controller = PhaseController(
             prefill, decode, RoutingConfig(split_tokens=split_tokens, patience_s=1e9)
         )
@@ -156,7 +156,7 @@ class Simulation:
             self._at(self.now + seconds, lambda: self._decoded(worker))
 
     def _prefill(self, worker: int) -> None:
-        room, seconds, batch = self.costs.chunk, 0.0, []
+        room, seconds, batch = self.costs.chunk, self.costs.step, []
         for job in self._waiting[worker]:
             tokens = min(job.left, room)
             seconds += self.costs.prefill(tokens, job.done) + job.load_s
@@ -201,11 +201,11 @@ Lengths = list[tuple[int, int]]
 @dataclass(frozen=True)
 class Promise:
     """A request is served well when its first token comes within `ttft_factor` times its prefill on
-    an idle worker plus `ttft_s`, and 95 % of its tokens within `gap_s` of the one before."""
+    an idle worker plus `ttft_s`, and 99 % of its tokens within `gap_s` of the one before."""
 
     ttft_factor: float = 4.0
     ttft_s: float = 1.0
-    gap_s: float = 0.2
+    gap_s: float = 0.3
     share: float = 0.9
 
 
@@ -233,7 +233,7 @@ def best_rate(
     shape: Shape, costs: Costs, lengths: Lengths, promise: Promise, steps: int = 9
 ) -> float:
     """The highest rate at which `promise.share` of the requests are served well."""
-    mean = float(np.mean([costs.prefill(p, 0) + a * costs.step / 4 for p, a in lengths]))
+    mean = float(np.mean([costs.prefill(p, 0) + a * costs.step / 8 for p, a in lengths]))
     low, high = 0.0, 3 * sum(shape) / mean
     for _ in range(steps):
         middle = (low + high) / 2
@@ -283,7 +283,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--requests", type=int, default=150, help="requests a run (150)")
     add("--trace", type=Path, help="a Mooncake trace, to answer for its lengths too")
     add("--trace-scale", type=float, default=0.25, help="its lengths are multiplied by this (0.25)")
-    add("--gap-ms", type=float, default=200.0, help="promised inter-token latency (200)")
+    add("--gap-ms", type=float, default=300.0, help="promised inter-token latency (300)")
     for name, value in vars(Costs()).items():
         add(f"--cost-{name.replace('_', '-')}", type=type(value), default=value)
     add("--out", type=Path, default=OUT / "split_sim.json")

@@ -118,7 +118,8 @@ def _add_split_args(add: Callable[..., Any]) -> None:
         type=int,
         metavar="TOKENS",
         help="Prompt tokens not known to be cached from which a request goes through a prefill "
-        f"worker. (default: {DEFAULT_SPLIT_TOKENS})",
+        f"worker. (default: {DEFAULT_SPLIT_TOKENS['cuda']}; "
+        f"{DEFAULT_SPLIT_TOKENS['cpu']} on a CPU)",
     )
 
 

@@ -23,7 +23,7 @@ class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True):
             measured; low, so that a slow machine is not called dead.
     """
 
-    split_tokens: int = DEFAULT_SPLIT_TOKENS
+    split_tokens: int = DEFAULT_SPLIT_TOKENS["cpu"]
     spread: float = 2.0
     spread_slack: int = 8
     patience_s: float = 5.0
