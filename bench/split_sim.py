@@ -82,10 +82,10 @@ class Seen:
     prompt: int
     tokens: list[float] = field(default_factory=list)
 
-    def kept(self, ttft: float, gap: float) -> bool:
-        gaps = np.diff(self.tokens)
-        late = len(gaps) > 0 and float(np.percentile(gaps, 99)) > gap
-        return self.tokens[0] - self.arrived <= ttft and not late
+    def kept(self, ttft: float, gap: float, stall: float) -> bool:
+        gaps = np.diff(self.tokens) if len(self.tokens) > 1 else np.zeros(1)
+        in_time = float(np.percentile(gaps, 99)) <= gap and float(gaps.max()) <= stall
+        return self.tokens[0] - self.arrived <= ttft and in_time
 
 
 class Simulation:
@@ -201,11 +201,13 @@ Lengths = list[tuple[int, int]]
 @dataclass(frozen=True)
 class Promise:
     """A request is served well when its first token comes within `ttft_factor` times its prefill on
-    an idle worker plus `ttft_s`, and 99 % of its tokens within `gap_s` of the one before."""
+    an idle worker plus `ttft_s`, 99 % of its tokens within `gap_s` of the one before, and all
+    within `stall_s`."""
 
     ttft_factor: float = 4.0
     ttft_s: float = 1.0
     gap_s: float = 0.3
+    stall_s: float = float("inf")
     share: float = 0.9
 
 
@@ -225,7 +227,7 @@ def attainment(
     good = 0
     for one in seen:
         ttft = promise.ttft_s + promise.ttft_factor * costs.prefill(one.prompt, 0)
-        good += one.kept(ttft, promise.gap_s)
+        good += one.kept(ttft, promise.gap_s, promise.stall_s)
     return good / len(seen)
 
 
@@ -284,6 +286,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--trace", type=Path, help="a Mooncake trace, to answer for its lengths too")
     add("--trace-scale", type=float, default=0.25, help="its lengths are multiplied by this (0.25)")
     add("--gap-ms", type=float, default=300.0, help="promised inter-token latency (300)")
+    add("--stall-ms", type=float, default=1000.0, help="and the longest wait for a token (1000)")
     for name, value in vars(Costs()).items():
         add(f"--cost-{name.replace('_', '-')}", type=type(value), default=value)
     add("--out", type=Path, default=OUT / "split_sim.json")
@@ -297,33 +300,61 @@ ANSWERS = (25, 50, 100, 200, 400)
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     costs = Costs(**{name: getattr(options, f"cost_{name}") for name in vars(Costs())})
-    promise = replace(Promise(), gap_s=options.gap_ms / 1000)
-    mixes = {(p, a): fixed(p, a, options.requests) for p in PROMPTS for a in ANSWERS}
-    result: dict[str, object] = {"costs": vars(costs), "promise": vars(promise), "mixes": []}
-    grid = {}
-    for (prompt, answer), lengths in mixes.items():
-        rates = {
-            f"{p}:{d}": best_rate(p, d, costs, lengths, promise) for p, d in splits(options.workers)
-        }
-        grid[prompt, answer] = rates
-        result["mixes"].append({"prompt": prompt, "answer": answer, "rates": rates})  # type: ignore
-        print(f"{prompt:5d} in, {answer:4d} out: " + _row(rates), flush=True)
-    trace = None
-    if options.trace is not None:
-        lengths = from_trace(options.trace, 2 * options.requests, options.trace_scale)
-        trace = {}
-        for workers in (2, 4, 8):
-            rates = {
-                f"{p}:{d}": best_rate(p, d, costs, lengths, promise) for p, d in splits(workers)
-            }
-            trace[workers] = rates
-            print(f"trace, {workers} workers: " + _row(rates), flush=True)
-        result["trace"] = trace
+    gap = replace(Promise(), gap_s=options.gap_ms / 1000)
+    answers = []
+    for title, promise in (
+        (f"99 % of tokens within {options.gap_ms:.0f} ms", gap),
+        (
+            f"... and all within {options.stall_ms:.0f} ms",
+            replace(gap, stall_s=options.stall_ms / 1000),
+        ),
+    ):
+        print(title)
+        answers.append(Frontier(title, promise, *explore(options, costs, promise)))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    plot(grid, trace, options)
+    options.out.write_text(
+        json.dumps({"costs": vars(costs), "frontiers": [a.plain() for a in answers]})
+    )
+    plot(answers, options)
     print(f"{options.out}\n{options.out.with_suffix('.png')}")
     return 0
+
+
+Rates = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Under one promise: rates by (prompt, answer) tokens, and of the trace by workers."""
+
+    title: str
+    promise: Promise
+    grid: dict[tuple[int, int], Rates]
+    trace: dict[int, Rates]
+
+    def plain(self) -> dict[str, object]:
+        grid = [{"prompt": p, "answer": a, "rates": r} for (p, a), r in self.grid.items()]
+        promise = {name: str(value) for name, value in vars(self.promise).items()}
+        return {"title": self.title, "promise": promise, "grid": grid, "trace": self.trace}
+
+
+def explore(
+    options: argparse.Namespace, costs: Costs, promise: Promise
+) -> tuple[dict[tuple[int, int], Rates], dict[int, Rates]]:
+    """All mixes, and the trace where there is one."""
+    grid = {}
+    for prompt in PROMPTS:
+        for answer in ANSWERS:
+            lengths = fixed(prompt, answer, options.requests)
+            grid[prompt, answer] = rates_of(options.workers, costs, lengths, promise)
+            print(f"{prompt:5d} in, {answer:4d} out: " + _row(grid[prompt, answer]), flush=True)
+    trace = {}
+    if options.trace is not None:
+        lengths = from_trace(options.trace, 2 * options.requests, options.trace_scale)
+        for workers in (2, 4, 8):
+            trace[workers] = rates_of(workers, costs, lengths, promise)
+            print(f"trace, {workers} workers: " + _row(trace[workers]), flush=True)
+    return grid, trace
 
 
 def _row(rates: dict[str, float]) -> str:
@@ -334,72 +365,69 @@ def _row(rates: dict[str, float]) -> str:
     return f"{words}; best {best}, {times}"
 
 
-def plot(
-    grid: dict[tuple[int, int], dict[str, float]],
-    trace: dict[int, dict[str, float]] | None,
-    options: argparse.Namespace,
-) -> None:
-    """Left: the gain of the best split over one pool, by lengths. Right: the trace, by P:D."""
+def plot(answers: list[Frontier], options: argparse.Namespace) -> None:
+    """A column a promise: the gain over one pool by lengths, below it the trace by P:D."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(
-        1, 2 if trace else 1, figsize=(12 if trace else 6.5, 4.6), squeeze=False
-    )
-    _heat(axes[0, 0], grid, options)
-    if trace:
-        _bars(axes[0, 1], trace)
+    rows = 2 if answers[0].trace else 1
+    figure, axes = plt.subplots(rows, len(answers), figsize=(13, 4.6 * rows), squeeze=False)
+    for column, found in enumerate(answers):
+        _heat(axes[0, column], found, options.workers)
+        if rows == 2:
+            _bars(axes[1, column], found)
     figure.tight_layout()
-    figure.savefig(options.out.with_suffix(".png"), dpi=130)
+    figure.savefig(options.out.with_suffix(".png"), dpi=110)
     plt.close(figure)
 
 
-def _heat(axis, grid, options) -> None:
-    gains = np.full((len(ANSWERS), len(PROMPTS)), np.nan)
-    for (prompt, answer), rates in grid.items():
-        pool, *others = rates.values()
-        row, column = ANSWERS.index(answer), PROMPTS.index(prompt)
-        gains[row, column] = max(others) / pool if pool else 8.0
+MOST = 8.0
+"""Gains beyond this are drawn as this."""
+
+
+def _gain(rate: float, pool: float) -> float:
+    if rate == 0.0:
+        return 1.0 if pool == 0.0 else 0.0
+    return MOST if pool == 0.0 else min(MOST, rate / pool)
+
+
+def _heat(axis, found: Frontier, workers: int) -> None:
+    gains = np.zeros((len(ANSWERS), len(PROMPTS)))
+    for (prompt, answer), rates in found.grid.items():
+        pool = next(iter(rates.values()))
         best = max(list(rates)[1:], key=lambda name: rates[name])
-        label = (
-            f"{min(gains[row, column], 8):.1f}x\n{best}"
-            if gains[row, column] < 8
-            else f"8x+\n{best}"
-        )
+        row, column = ANSWERS.index(answer), PROMPTS.index(prompt)
+        gains[row, column] = gain = _gain(rates[best], pool)
+        label = f"{gain:.1f}x" + ("+" if gain == MOST else "") + f"\n{best}"
         axis.text(column, row, label, ha="center", va="center", fontsize=8)
-    axis.imshow(
-        np.log2(np.clip(gains, 0.125, 8)),
-        cmap="RdBu",
-        vmin=-3,
-        vmax=3,
-        origin="lower",
-        aspect="auto",
-    )
+    scaled = np.log2(np.clip(gains, 1 / MOST, MOST))
+    axis.imshow(scaled, cmap="RdBu", vmin=-3, vmax=3, origin="lower", aspect="auto")
     axis.set_xticks(range(len(PROMPTS)), PROMPTS)
     axis.set_yticks(range(len(ANSWERS)), ANSWERS)
     axis.set_xlabel("prompt tokens")
     axis.set_ylabel("answer tokens")
-    axis.set_title(f"rate of the best split over one pool, {options.workers} workers", fontsize=10)
+    axis.set_title(f"best split over one pool of {workers} workers: {found.title}", fontsize=9)
 
 
-def _bars(axis, trace) -> None:
+def _bars(axis, found: Frontier) -> None:
     names, heights, colours = [], [], []
-    for rates in trace.values():
-        pool = next(iter(rates.values())) or 1e-9
+    for rates in found.trace.values():
+        pool = next(iter(rates.values()))
         for name, rate in rates.items():
-            names.append("pool " + name[2:] if name.startswith("0:") else name)
-            heights.append(min(rate / pool, 8))
+            names.append(f"pool of {name[2:]}" if name.startswith("0:") else name)
+            heights.append(rate)
             colours.append("#8a8f98" if name.startswith("0:") else "#2467c9")
         names.append("")
-        heights.append(0)
+        heights.append(pool * 0)
         colours.append("white")
     axis.bar(range(len(names)), heights, color=colours)
     axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-    axis.axhline(1, color="black", lw=0.5)
-    axis.set_ylabel("rate over that of one pool")
-    axis.set_title("Mooncake conversation trace, by prefill:decode workers", fontsize=10)
+    axis.set_ylabel("requests a second")
+    axis.set_title(
+        f"Mooncake conversation trace, prefill:decode workers: {found.title}", fontsize=9
+    )
 
 
 if __name__ == "__main__":
