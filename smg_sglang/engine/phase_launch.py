@@ -5,8 +5,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import shutil
-import tempfile
 from typing import Any
 
 import msgspec
@@ -16,19 +14,17 @@ from smg_sglang.config import SmgConfig
 from smg_sglang.engine.cpu_platform import THREADS_BIND
 from smg_sglang.engine.flags import ATTRIBUTE
 from smg_sglang.engine.phase_plan import WorkerPlan, make_plan
+from smg_sglang.engine.phase_sockets import make_directory, remove_directories
 from smg_sglang.phase.requests import Role
 
 logger = logging.getLogger(__name__)
-
-#: Directories of this process's servers, as for memory servers in `launch`.
-_directories: list[str] = []
 
 
 def prepare(server_args: Any) -> None:
     """Write the workers' plans and the socket directory into the record; nothing without a split.
 
     Raises:
-        ConfigError: devices that are not there.
+        ConfigError: devices that are not there, or no place for sockets.
     """
     choice = getattr(server_args, ATTRIBUTE, None)
     if choice is None or "plans" in choice:
@@ -45,18 +41,15 @@ def prepare(server_args: Any) -> None:
         prefill_devices=config.prefill_devices,
         decode_devices=config.decode_devices,
     )
-    directory = tempfile.mkdtemp(prefix="smg-phase-")  # private: mode 0700
-    _directories.append(directory)
+    choice["sockets"] = str(make_directory())
     atexit.register(retire)
     choice["plans"] = [msgspec.structs.asdict(plan) for plan in plans]
-    choice["sockets"] = directory
     _announce(plans, config)
 
 
 def retire() -> None:
     """Remove the sockets; idempotent."""
-    while _directories:
-        shutil.rmtree(_directories.pop(), ignore_errors=True)
+    remove_directories()
 
 
 def _num_cuda(device: str) -> int:

@@ -16,6 +16,7 @@ import requests
 from tests.e2e.conftest import (
     BASE,
     NEW_TOKENS,
+    PRIVATE_TMP,
     PROMPTS,
     details,
     eventually,
@@ -43,13 +44,14 @@ RESTART_S = 180.0
 @pytest.fixture(scope="module")
 def split(tiny_model):
     """One server with a prefill and a decode worker for all of this module."""
+    before = socket_directories()
     with nothing_left_behind():
         server = SglangServer(tiny_model, SPLIT)
         try:
             yield server.wait_ready()
         finally:
             server.stop()
-        eventually(lambda: not list(Path("/tmp").glob("smg-phase-*")), "sockets left behind")
+        eventually(lambda: socket_directories() <= before, "sockets left behind")
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +59,10 @@ def leaks_nothing(request):
     yield
     if "split" in request.fixturenames:
         assert_idle_and_clean(request.getfixturevalue("split"))
+
+
+def socket_directories():
+    return set(Path(PRIVATE_TMP).glob("smg-phase-*"))
 
 
 def states(server):
@@ -341,6 +347,7 @@ def test_a_worker_that_hangs_for_a_while_costs_no_request(split, reference, role
 
 
 def test_a_killed_controller_ends_the_server_and_leaves_nothing(tiny_model):
+    before = socket_directories()
     with nothing_left_behind():
         server = SglangServer(tiny_model, SPLIT)
         try:
@@ -353,4 +360,4 @@ def test_a_killed_controller_ends_the_server_and_leaves_nothing(tiny_model):
             assert "crashed" in server.log.read_text(errors="replace")
         finally:
             server.stop()
-        eventually(lambda: not list(Path("/tmp").glob("smg-phase-*")), "sockets left behind")
+        eventually(lambda: socket_directories() <= before, "sockets left behind")
