@@ -41,7 +41,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         super().init_forward_metadata(forward_batch)
         mode = forward_batch.forward_mode
         if mode.is_target_verify() or mode.is_draft_extend_v2():
-            raise ConfigError("--attention-backend smg_cpu has no speculative decoding")
+            raise ConfigError("--attention-backend smg has no speculative decoding")
         self.plan = None if mode.is_idle() else self._plan(forward_batch)
 
     def _plan(self, forward_batch: ForwardBatch) -> BatchPlan:
@@ -149,5 +149,5 @@ def _refuse_unknown(layer: RadixAttention, kwargs: dict[str, Any]) -> None:
     if asked:
         raise ConfigError(
             f"layer {layer.layer_id} asks attention for {', '.join(asked)}, which the CPU backends "
-            "smg_cpu and torch_native do not have: this model needs a GPU"
+            "smg and torch_native do not have: this model needs a GPU"
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from smg_sglang import TESTED_SGLANG
 from smg_sglang.config import DEFAULT_SPLIT_TOKENS, SmgConfig, WritePolicy, make_config
+from smg_sglang.engine import attention_backend
 from smg_sglang.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_PAGE_SIZE = 16
-#: Attention backends that read host pages.
-ATTENTION_BACKENDS = ("smg", "smg_cpu")
 #: SGLang's `--mem-fraction-static` on a CPU, where nobody has said how large the pool should be.
 CPU_MEM_FRACTION = 0.5
 #: Where a record of arguments carries our choice: an underscored attribute survives SGLang's
@@ -293,7 +292,7 @@ def _refuse_beside_streams(args: ServerArgs) -> None:
     attention = args.attention_backend
     conflicts = [
         (args.tp_size > 1, "--tp-size above 1"),
-        (attention not in (None, *ATTENTION_BACKENDS), f"--attention-backend {attention}"),
+        (attention not in (None, *attention_backend.NAMES), f"--attention-backend {attention}"),
         (args.chunked_prefill_size == -1, "--chunked-prefill-size -1"),
     ]
     for found, flag in conflicts:

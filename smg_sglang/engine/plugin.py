@@ -162,7 +162,9 @@ def _around_send_output(original: Callable[..., Any], *args: Any, **kwargs: Any)
 def _after_internal_state(result: Any, component: Any, *args: Any) -> None:
     tier = getattr(component.scheduler.tree_cache, "host_tier", None)
     if tier is not None:
-        result.internal_state["smg"] = tier.state() | phase_worker.state()
+        streams = component.scheduler.tree_cache.streams
+        state = tier.state() | phase_worker.state()
+        result.internal_state["smg"] = state | {"streams": len(streams or ())}
 
 
 def _before_weight_update(component: Any, *args: Any, **kwargs: Any) -> None:
