@@ -10,6 +10,8 @@ import asyncio
 import json
 import os
 import random
+import signal
+import statistics
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -68,6 +70,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--host-gb", type=float, default=2.0, help="GiB of host memory for pages (2)")
     add("--prefill-workers", type=int, default=1)
     add("--decode-workers", type=int, default=1)
+    add("--hand-offs", type=int, default=5, help="hand-offs measured of each length (5)")
     add("--server-args", default="", help="more flags for both servers, as one string")
     add("--out", type=Path, default=OUT / "split.json", help="the JSON file; the PNG lies beside")
     options = parser.parse_args(arguments)
@@ -142,12 +145,73 @@ def figures(turns: list[Turn]) -> dict[str, Any]:
 
 def phase_seconds(server: SglangServer) -> dict[str, float]:
     """Mean seconds of each phase, as the phase controller measured them since its start."""
+    sums = phase_sums(server)
+    return {stage: round(sums["sum"][stage] / n, 3) for stage, n in sums["count"].items() if n}
+
+
+def phase_sums(server: SglangServer) -> dict[str, dict[str, float]]:
+    """Total seconds and number of requests by phase."""
     sums: dict[str, dict[str, float]] = {"sum": {}, "count": {}}
     for line in server.get("/metrics").splitlines():
         for kind, found in sums.items():
             if line.startswith(f"smg:phase_seconds_{kind}{{"):
                 found[line.split('stage="')[1].split('"')[0]] = float(line.rsplit(" ", 1)[1])
-    return {stage: round(sums["sum"][stage] / n, 3) for stage, n in sums["count"].items() if n}
+    return sums
+
+
+def measure_hand_offs(server: SglangServer, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a hand-off costs an idle server: from the published prompt to the first token, beside
+    the same prompt again, which its decode worker has on the device and computes a page of."""
+    rng = random.Random(77)
+    lengths = sorted({129, 512, 2048, options.long_tokens})
+    return [_hand_off(server, length, options, rng) for length in lengths]
+
+
+def _hand_off(
+    server: SglangServer, length: int, options: argparse.Namespace, rng: random.Random
+) -> dict[str, Any]:
+    seconds: dict[str, list[float]] = {"first_decode": [], "direct": []}
+    loaded = _loaded(server)
+    for _ in range(options.hand_offs):
+        ids = prompt(rng, length)
+        for stage, values in seconds.items():
+            before = phase_sums(server)
+            server.generate(ids, 2)
+            after = phase_sums(server)
+            took = after["sum"].get(stage, 0.0) - before["sum"].get(stage, 0.0)
+            if after["count"].get(stage, 0) > before["count"].get(stage, 0):
+                values.append(took)
+    found = {stage: statistics.median(values) * 1000 for stage, values in seconds.items() if values}
+    return {
+        "prompt_tokens": length,
+        "handed_off_ms": found.get("first_decode"),
+        "again_on_device_ms": found.get("direct"),
+        "loaded_bytes": [b - a for a, b in zip(loaded, _loaded(server), strict=True)],
+        "repeats": options.hand_offs,
+    }
+
+
+def _loaded(server: SglangServer) -> list[float]:
+    """Bytes and seconds that workers have loaded from host memory."""
+    totals = [0.0, 0.0]
+    for line in server.get("/metrics").splitlines():
+        for place, name in enumerate(("smg:loaded_bytes_total{", "smg:load_seconds_total{")):
+            if line.startswith(name):
+                totals[place] += float(line.rsplit(" ", 1)[1])
+    return totals
+
+
+def show_hand_offs(console: Console, found: list[dict[str, Any]]) -> None:
+    table = Table(title="a hand-off on an idle server: published prompt to first token, medians")
+    for head in ("prompt tokens", "handed off", "same prompt on the device", "load of its pages"):
+        table.add_column(head, justify="right")
+    for f in found:
+        load_ms = f["loaded_bytes"][1] / f["repeats"] * 1000
+        cells = [f["handed_off_ms"], f["again_on_device_ms"], load_ms]
+        table.add_row(
+            f"{f['prompt_tokens']:,}", *("-" if c is None else f"{c:.0f} ms" for c in cells)
+        )
+    console.print(table)
 
 
 def verdicts(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -199,7 +263,9 @@ def plot(turns: dict[str, list[Turn]], path: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    console = Console()
+    # The servers are stopped on the way out, so a signal has to be a way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    console = Console(width=None if sys.stdout.isatty() else 120)
     os.environ.setdefault("HF_HUB_OFFLINE", "1" if Path(options.model_path).is_dir() else "0")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     described = machine.describe()
@@ -218,9 +284,12 @@ def main(arguments: list[str]) -> int:
                 with console.status(f"turn {number + 1} of {options.turns}: {name}"):
                     turns[name].append(asyncio.run(take_turn(server, options, seed=number)))
         phases = phase_seconds(servers[SPLIT])
+        with console.status("hand-offs"):
+            hand_offs = measure_hand_offs(servers[SPLIT], options)
     found = {name: figures(taken) for name, taken in turns.items()}
     judged = verdicts(found)
     show(console, found, judged)
+    show_hand_offs(console, hand_offs)
     console.print(f"in the split server, seconds a request: {phases}")
     raw = {name: [asdict(turn) for turn in taken] for name, taken in turns.items()}
     result = {
@@ -229,6 +298,7 @@ def main(arguments: list[str]) -> int:
         "figures": found,
         "verdicts": judged,
         "phase_seconds": phases,
+        "hand_offs": hand_offs,
         "turns": raw,
     }
     options.out.write_text(json.dumps(result) + "\n")

@@ -7,7 +7,6 @@ when pages are spilled and how a hit below the device is found.
 
 from __future__ import annotations
 
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -197,7 +196,7 @@ class SmgRadixCache(UnifiedRadixCache):
         stream = self._stream(req)
         if stream is None:
             super().checkpoint(req, up_to=up_to, **kwargs)
-        elif stream.failure is None:
+        else:
             stream.table.checkpoint(stream, up_to)
 
     def prefix_device_indices(self, req: Any) -> torch.Tensor:
@@ -214,13 +213,15 @@ class SmgRadixCache(UnifiedRadixCache):
         return failed + [req for req in reqs if self._has_failed(req)]
 
     def _has_failed(self, req: Any) -> bool:
-        from sglang.srt.managers.schedule_batch import FINISH_ABORT
+        """A prompt whose pages could not leave the device. (Where a stream that generates fails,
+        `make_decode_room` ends it.)"""
+        from smg_sglang.engine.stream_scheduling import failed
 
         stream = self._stream(req)
-        if stream is None or stream.failure is None:
+        if stream is None or stream.failure is None or req.output_ids:
             return False
         req.skip_radix_cache_insert = True
-        req.discard_output_reason = FINISH_ABORT(stream.failure, HTTPStatus.SERVICE_UNAVAILABLE)
+        req.discard_output_reason = failed(stream)
         return True
 
     def _evict_device_leaf(self, node_id: int, tracker: Any) -> Any:

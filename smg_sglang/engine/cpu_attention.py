@@ -77,7 +77,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
     ) -> torch.Tensor:
         """Attend the new tokens; q [N, heads * dim], returns [N, heads * v_dim]."""
         _refuse_unknown(layer, kwargs)
-        if _is_stock(layer, forward_batch):
+        if self._is_stock(layer, forward_batch):
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
         return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
 
@@ -93,9 +93,21 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
     ) -> torch.Tensor:
         """Attend one new token a request; q [R, heads * dim], returns [R, heads * v_dim]."""
         _refuse_unknown(layer, kwargs)
-        if _is_stock(layer, forward_batch):
+        if self._is_stock(layer, forward_batch):
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
         return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
+
+    def _is_stock(self, layer: RadixAttention, forward_batch: ForwardBatch) -> bool:
+        """Whether torch_native does this layer."""
+        windowed = layer.sliding_window_size is not None and layer.sliding_window_size > -1
+        stock = windowed or layer.is_cross_attention or forward_batch.encoder_lens is not None
+        if stock and self.plan is not None and self.plan.host is not None:
+            # `flags.refuse_streams` refuses such models at start; wrong text would be worse.
+            raise ConfigError(
+                f"layer {layer.layer_id} has a sliding window or cross attention, which cannot "
+                "read host memory: start without --smg-stream-context"
+            )
+        return stock
 
     def _attend(  # noqa: PLR0917  # SGLang's signature
         self,
@@ -131,12 +143,6 @@ def _is_all(k: torch.Tensor, k_pool: torch.Tensor, plan: BatchPlan) -> bool:
     if k.shape[1:] == k_pool.shape[1:] and k.dtype != k_pool.dtype:
         return False
     return all(request.all_new for request in plan.single + plan.longer)
-
-
-def _is_stock(layer: RadixAttention, forward_batch: ForwardBatch) -> bool:
-    """Whether torch_native does this layer."""
-    windowed = layer.sliding_window_size is not None and layer.sliding_window_size > -1
-    return windowed or layer.is_cross_attention or forward_batch.encoder_lens is not None
 
 
 def _refuse_unknown(layer: RadixAttention, kwargs: dict[str, Any]) -> None:

@@ -293,7 +293,6 @@ def _refuse_beside_streams(args: ServerArgs) -> None:
     conflicts = [
         (args.tp_size > 1, "--tp-size above 1"),
         (attention not in (None, *attention_backend.NAMES), f"--attention-backend {attention}"),
-        (args.chunked_prefill_size == -1, "--chunked-prefill-size -1"),
         (args.allow_auto_truncate, "--allow-auto-truncate"),
         (args.dllm_algorithm is not None, "--dllm-algorithm"),
     ]
@@ -304,12 +303,46 @@ def _refuse_beside_streams(args: ServerArgs) -> None:
             )
 
 
+def refuse_streams(args: ServerArgs) -> None:
+    """Refuse contexts from host memory where resolved arguments or the model rule them out.
+
+    Raises:
+        ConfigError: for attention that cannot read host memory, prompts in one piece, embeddings.
+    """
+    backends = {args.attention_backend, args.prefill_attention_backend}
+    others = (backends | {args.decode_attention_backend}) - {None, *attention_backend.NAMES}
+    conflicts = [
+        (bool(others), f"attention backend {', '.join(sorted(others))}"),
+        ((args.chunked_prefill_size or 0) <= 0, "prompts that are not computed in chunks"),
+        (args.is_embedding, "embedding models"),
+        (_has_windows(args), "models with sliding-window layers"),
+    ]
+    for found, what in conflicts:
+        if found:
+            raise ConfigError(
+                f"--smg-stream-context cannot be combined with {what}; start without it."
+            )
+
+
+def _has_windows(args: ServerArgs) -> bool:
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    config = model_config_of(args).hf_text_config
+    kinds = getattr(config, "layer_types", None) or ()
+    return "sliding_attention" in kinds or (
+        bool(getattr(config, "sliding_window", None))
+        and getattr(config, "use_sliding_window", True) is not False
+    )
+
+
 def refuse_model(server_args: ServerArgs) -> None:
     """Refuse a model whose state is more than KV pages, before any process is started.
 
     Raises:
         ConfigError: for sliding-window and Mamba hybrids.
     """
+    if chosen(server_args).get("stream_context"):
+        refuse_streams(server_args)
     from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
 

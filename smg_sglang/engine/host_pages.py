@@ -73,12 +73,17 @@ class HostPages:
 
     def find(self, path: bytes) -> list[Held]:
         """Hold what host memory has of `path`, from its first page on; [] for a miss."""
-        return self._leased(path, 0)
+        try:
+            return self._leased(path, 0)
+        except MemoryUnavailable as error:
+            logger.warning("smg: a lookup counts as a miss: %s", error)
+            return []
 
-    def keep(self, path: bytes, first: int, slots: torch.Tensor) -> list[Held]:
+    def keep(self, path: bytes, first: int, slots: torch.Tensor, shared: bool = True) -> list[Held]:
         """Copy pages `path[first:]` to host memory and hold them; the bytes are there on return.
 
         Args:
+            shared: False keeps them to this worker.
             first: pages of the path that the caller holds already.
             slots: int64 [pages * page_size] device slots of those from `first` on.
 
@@ -87,8 +92,9 @@ class HostPages:
         """
         held: list[Held] = []
         try:
-            self._publish(path, first, slots)
-            held = self._leased(path, first)
+            if shared:
+                self._publish(path, first, slots)
+                held = self._leased(path, first)
         except MemoryUnavailable as error:
             logger.warning("smg: pages of a long context stay with this worker: %s", error)
         done = sum(part.num_pages for part in held)
@@ -124,7 +130,7 @@ class HostPages:
         if reservation.have < first:
             # Another server's memory: what comes before is in the former one's.
             connection.abandon(reservation)
-            raise MemoryUnavailable("the memory server was restarted")
+            raise MemoryUnavailable("its memory lacks what comes before")
         begin = (reservation.have - first) * self._page_size
         mine = slots[begin : begin + len(reservation.pages) * self._page_size]
         if mine.numel():

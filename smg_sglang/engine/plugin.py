@@ -162,15 +162,18 @@ def _around_send_output(original: Callable[..., Any], *args: Any, **kwargs: Any)
 def _after_internal_state(result: Any, component: Any, *args: Any) -> None:
     tier = getattr(component.scheduler.tree_cache, "host_tier", None)
     if tier is not None:
-        streams = component.scheduler.tree_cache.streams
+        streams = getattr(component.scheduler.tree_cache, "streams", None)
         state = tier.state() | phase_worker.state()
-        result.internal_state["smg"] = state | {"streams": len(streams or ())}
+        result.internal_state["smg"] = state | (streams.state() if streams is not None else {})
 
 
 def _before_weight_update(component: Any, *args: Any, **kwargs: Any) -> None:
     tier = getattr(component.scheduler.tree_cache, "host_tier", None)
     if tier is not None:
         tier.weights_changed()
+        streams = getattr(component.scheduler.tree_cache, "streams", None)
+        if streams is not None:
+            streams.weights_changed()
 
 
 def _before_release_req(*, req: Any, tree_cache: Any, **kwargs: Any) -> None:

@@ -8,12 +8,16 @@ for requests that are not streams.
 from __future__ import annotations
 
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 from smg_sglang.engine import flags
-from smg_sglang.engine.streams import Stream, Streams, new_tokens
+from smg_sglang.engine.streams import STREAMED, Stream, Streams, new_tokens
 
 Original = Callable[..., Any]
+
+#: Set on a prefill adder once a stream waits for host memory in its pass.
+HOST_WAITS = "smg_host_waits"
 
 
 def streams_of(cache: Any) -> Streams | None:
@@ -56,6 +60,7 @@ def max_new_tokens(streams: Streams, req: Any, new: int, on_device: int) -> int:
     if (reason := why_not(req, streams)) is not None:
         req.set_finish_with_abort(reason)
         return on_device
+    setattr(req, STREAMED, True)
     return min(new, streams.new_tokens_limit(req))
 
 
@@ -73,6 +78,7 @@ def why_not(req: Any, streams: Streams) -> str | None:
         (req.multimodal_inputs is not None, "images or other media"),
         (req.input_embeds is not None, "input embeddings"),
         (req.positional_embed_overrides is not None, "embedding overrides"),
+        (req.skip_radix_cache_insert, "KV that may not be cached"),
     ]
     for found, what in unfit:
         if found:
@@ -97,18 +103,30 @@ def admit(streams: Streams, adder: Any, req: Any, has_chunked_req: bool) -> Any:
     """SGLang's verdict on a request that runs as a stream; None for one that does not."""
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    if not streams.needs(req):
+    if not streams.needs(req) or adder.rem_chunk_tokens is None:
         return None
     if has_chunked_req or adder.new_chunked_req is not None:
         # SGLang computes one prompt in chunks at a time.
         return AddReqResult.OTHER
+    if _waits_for_host(streams, adder, req):
+        return adder.budget_state()
     chunk = min(_room(streams, adder), adder.rem_chunk_tokens)
-    if chunk < streams.limits.page or streams.host_need(req) > streams.host_room():
+    if chunk < 1:
         return AddReqResult.NO_TOKEN
     stream = streams.open(req)
     _take_prefix(streams, adder.tree_cache, stream)
     _commit(streams, adder, req, chunk)
     return adder.budget_state()
+
+
+def _waits_for_host(streams: Streams, adder: Any, req: Any) -> bool:
+    """Whether other streams have the host memory that it needs: it keeps its place, and ordinary
+    requests go on. Later streams do not overtake it. Alone it runs, whatever there is."""
+    waits = getattr(adder, HOST_WAITS, False) or (
+        len(streams) > 0 and streams.host_need(req) > streams.host_room()
+    )
+    setattr(adder, HOST_WAITS, waits)
+    return waits
 
 
 def _room(streams: Streams, adder: Any) -> int:
@@ -162,9 +180,15 @@ def around_add_chunked_req(original: Original, adder: Any, req: Any) -> Any:
 
 def chunk_limit(streams: Streams, adder: Any, req: Any) -> int | None:
     """Tokens that the next chunk of a stream may have, 0 to wait for room; None without one."""
-    if streams.get(req) is None:
+    stream = streams.get(req)
+    if stream is None:
         return None
+    if stream.failure is not None:
+        streams.checkpoint(stream, req.prefix_len)
     room = _room(streams, adder)
+    if room < streams.limits.page and stream.failure is not None:
+        # It holds the room that it waits for. A last page, after which SGLang drops it.
+        return streams.limits.page
     return room if room >= streams.limits.page else 0
 
 
@@ -194,5 +218,15 @@ def make_decode_room(streams: Streams, batch: Any) -> None:
     short = free < page * len(batch.reqs)
     for req in batch.reqs:
         stream = streams.get(req)
-        if stream is not None and not req.finished():
-            streams.leave_tail(stream, page if short else streams.limits.tail)
+        if stream is None or req.finished() or req.to_finish is not None:
+            continue
+        streams.leave_tail(stream, page if short else streams.limits.tail)
+        if stream.failure is not None:
+            req.to_finish = failed(stream)
+
+
+def failed(stream: Stream) -> Any:
+    """The end of a request for which neither host memory nor the device has room."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    return FINISH_ABORT(stream.failure, HTTPStatus.SERVICE_UNAVAILABLE)

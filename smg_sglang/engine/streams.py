@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Set on a request that runs as a stream.
+STREAMED = "smg_streamed"
+
 _active: Streams | None = None
 
 
@@ -69,6 +72,8 @@ class Stream:
         held: those pages, in order.
         resident_from: tokens before this have no device slots any more.
         host_need: tokens of host memory that it may come to need.
+        shared: whether its pages may be found by others; not after the weights have changed.
+        failure: why its pages could not leave the device, the last time they had to.
     """
 
     table: Streams
@@ -78,6 +83,7 @@ class Stream:
     last_hash: str | None = None
     held: list[Held] = field(default_factory=list)
     resident_from: int = 0
+    shared: bool = True
     failure: str | None = None
 
     @property
@@ -175,10 +181,9 @@ class Streams:
     # ---- before a request is admitted ----
 
     def needs(self, req: Any) -> bool:
-        """Whether it runs as a stream, if it runs."""
-        return self.get(req) is not None or self.limits.needs_stream(
-            len(req.full_untruncated_fill_ids or req.origin_input_ids), new_tokens(req)
-        )
+        """Whether it runs as a stream: decided when it arrives, once, since SGLang counts on room
+        for all others on the device, whatever they generate."""
+        return self.get(req) is not None or getattr(req, STREAMED, False)
 
     def new_tokens_limit(self, req: Any) -> int:
         """Tokens it may generate as a stream; below 1 where host memory has no room for that."""
@@ -229,7 +234,7 @@ class Streams:
             path, hexes = self._keys(req, first * page, known * page, stream.last_hash)
             slots = self._row(req)[first * page : known * page].to(torch.int64)
             try:
-                held = self._pages.keep(stream.path + path, first, slots)
+                held = self._pages.keep(stream.path + path, first, slots, stream.shared)
             except MemoryUnavailable as error:
                 logger.warning("smg: request %s cannot go on: %s", req.rid, error)
                 stream.failure = str(error)
@@ -237,6 +242,7 @@ class Streams:
             stream.held += held
             stream.path += path
             stream.last_hash = hexes[-1]
+            stream.failure = None
         self._free_until(stream, stream.host_pages * page)
 
     def _free_until(self, stream: Stream, end: int) -> None:
@@ -256,6 +262,21 @@ class Streams:
         if known - stream.resident_from >= least:
             stream.req.refresh_fill_ids()
             self.checkpoint(stream, known)
+
+    def weights_changed(self) -> None:
+        """What open streams compute from now on rests on former weights."""
+        for stream in self:
+            stream.shared = False
+
+    def state(self) -> dict[str, int]:
+        """What `/server_info` shows: streams, and tokens of host memory."""
+        held = sum(part.num_pages for stream in self for part in stream.held)
+        return {
+            "streams": len(self),
+            "stream_held_tokens": held * self.limits.page,
+            "stream_promised_tokens": sum(stream.host_need for stream in self),
+            "host_tokens": self.limits.host,
+        }
 
     def close(self, req: Any) -> None:
         """The request has left the device, or was refused."""

@@ -260,7 +260,7 @@ def test_our_classes_override_what_sglang_has():
 
     added = {"tier", "host_tier", "spill_before_eviction", "_agreed", "_path", "_path_slots"}
     added |= {"_pending", "before_retraction", "spill_retracted", "release_finished"}
-    added |= {"_abc_impl"}
+    added |= {"_abc_impl", "streams", "_stream", "_has_failed"}
     for ours, theirs in (
         (SmgRadixCache, UnifiedRadixCache),
         (SmgLinkerWrapper, unified_cache_linker.UnifiedCacheLinkerWrapper),

@@ -36,7 +36,7 @@ class Tier:
     """The host tier as far as the cache talks to it; remembers what it is told."""
 
     def __init__(self, policy) -> None:
-        self.config = SimpleNamespace(write_policy=policy)
+        self.config = SimpleNamespace(write_policy=policy, stream_context=False)
         self.layer_counter = None
         self.spilled = []
         self.spilled_now = []

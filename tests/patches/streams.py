@@ -15,7 +15,7 @@ from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from smg_sglang.engine import stream_scheduling
-from smg_sglang.engine.streams import Stream, Streams
+from smg_sglang.engine.streams import STREAMED, Limits, Stream, Streams
 
 # A stream computes at most half of the device at once, and keeps a tail of 64 tokens on it.
 DEVICE, PAGE, HOST = 1024, 16, 8192
@@ -134,6 +134,8 @@ def request(rid: str, prompt: int, new: int | None = 100, done: int = 0, **other
     req = Req(rid, "", array("q", range(prompt)), params)
     req.full_untruncated_fill_ids = req.origin_input_ids
     req.prefix_len = done
+    if Limits(DEVICE, HOST, PAGE).needs_stream(prompt, new or 0):
+        setattr(req, STREAMED, True)
     for name, value in others.items():
         setattr(req, name, value)
     return req

@@ -124,13 +124,17 @@ STREAMED = {
     "no room on the device": Pass(
         waiting=(("long", 4000),), free=90, verdicts=("NO_TOKEN",), left=(512, 90)
     ),
-    "no room in host memory": Pass(
-        waiting=(("long", 4000),), host=4096, verdicts=("NO_TOKEN",), left=(512, DEVICE)
+    "alone, whatever there is in host memory": Pass(
+        waiting=(("long", 4000),),
+        host=4096,
+        verdicts=("OTHER",),
+        runs=(("long", 0, 512),),
+        left=(0, 496),
     ),
-    "no room in host memory beside a stream that runs": Pass(
+    "it waits for host memory, and does not stop others": Pass(
         waiting=(("long", 4000),),
         running=(("other", 3000),),
-        verdicts=("NO_TOKEN",),
+        verdicts=("CONTINUE",),
         left=(512, DEVICE - 64),
     ),
     "a prefix in host memory": Pass(
