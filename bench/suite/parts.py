@@ -1,0 +1,137 @@
+"""What `make bench-all` runs, in which order, and for how long at most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.suite import extract
+from bench.suite.figures import Figure
+
+BENCH = Path(__file__).parents[1]
+#: Public workload data beside the project, where there is some. `bench/replay` says in its help
+#: where the originals are.
+DATA = BENCH.parents[1] / "shared" / "data"
+TRACES = {
+    "mooncake": DATA / "mooncake" / "conversation_trace.jsonl.gz",
+    "agents": DATA / "agent_sessions" / "sessions.tgz",
+}
+REPLAYED = {
+    # A CPU serves a fraction of what these services did: slower, and only a beginning.
+    "mooncake": ("--speed", "0.4"),
+    "agents": ("--speed", "0.4"),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One benchmark.
+
+    Attributes:
+        command: arguments to Python; "{json}" stands for the file that it writes.
+        full, quick: more arguments, and the timeout in seconds, of a full and a quick run.
+        needs: a file without which it cannot run.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    figures: Callable[[Any], Iterable[Figure]]
+    full: tuple[tuple[str, ...], float]
+    quick: tuple[tuple[str, ...], float]
+    needs: Path | None = None
+
+    def arguments(self, *, quick: bool, json: Path) -> list[str]:
+        more, _ = self.quick if quick else self.full
+        return [word.replace("{json}", str(json)) for word in (*self.command, *more)]
+
+    def timeout_s(self, *, quick: bool) -> float:
+        return (self.quick if quick else self.full)[1]
+
+
+def script(name: str) -> str:
+    return str(BENCH / f"{name}.py")
+
+
+def parts() -> list[Part]:
+    """All of them; servers first, since their figures are what people come for."""
+    return [
+        Part(
+            "serving",
+            ("-m", "bench", "--json", "{json}"),
+            extract.serving,
+            full=(("--repeats", "12"), 1200),
+            quick=(("--quick",), 480),
+        ),
+        Part(
+            "programs",
+            ("-m", "bench.programs", "--json", "{json}"),
+            extract.programs,
+            full=(("--repeats", "3"), 600),
+            quick=(("--quick", "--repeats", "1"), 300),
+        ),
+        *(replay(name, path) for name, path in TRACES.items()),
+        Part(
+            "split",
+            ("-m", "bench.split", "--out", "{json}"),
+            extract.split,
+            full=((), 600),
+            quick=(("--turns", "1", "--longs", "2"), 240),
+        ),
+        Part(
+            "context",
+            ("-m", "bench.context", "--json", "{json}"),
+            extract.own_figures,
+            full=((), 420),
+            quick=(("--quick",), 240),
+            needs=BENCH / "context.py",
+        ),
+        *small_parts(),
+    ]
+
+
+def replay(name: str, path: Path) -> Part:
+    """A trace against stock and ours."""
+    return Part(
+        f"replay-{name}",
+        ("-m", "bench.replay", str(path), "--json", "{json}", *REPLAYED[name]),
+        extract.own_figures,
+        full=(("--limit", "120"), 900),
+        quick=(("--limit", "30"), 240),
+        needs=path,
+    )
+
+
+def small_parts() -> list[Part]:
+    """Without a server, seconds to a minute each."""
+    return [
+        Part(
+            "attention",
+            (script("attention"), "--kinds", "cached prefix", "--dtypes", "bfloat16"),
+            extract.attention,
+            full=(("--out", "{json}"), 300),
+            quick=(("--rounds", "2", "--out", "{json}"), 120),
+        ),
+        Part(
+            "tree",
+            (script("tree"), "--page-sizes", "16", "--leaves", "10000", "--out", "{json}"),
+            extract.tree,
+            full=((), 240),
+            quick=(("--rounds", "20"), 120),
+        ),
+        Part(
+            "memory",
+            (script("memory"), "--out", "{json}"),
+            extract.memory,
+            full=((), 120),
+            quick=(("--quick",), 60),
+        ),
+        Part(
+            "transfer",
+            (script("transfer"), "--orders", "random", "--out", "{json}"),
+            extract.transfer,
+            full=((), 180),
+            quick=(("--shapes", "SmolLM2-135M", "--rounds", "5"), 60),
+        ),
+    ]
