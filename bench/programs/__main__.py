@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench.programs import chat, few_shot, judge, tree_of_thought
-from bench.programs.measure import Program, Result, take_turns
+from bench.programs.measure import Program, Result, take_turns, warm_up
 from bench.programs.report import print_result
 from bench.serving import machine
 from bench.serving.subjects import SMG, STOCK, attention_backend, running
@@ -36,10 +36,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--model-path", help="a model folder or hub name (default: the demo model)")
     add("--only", nargs="+", choices=NAMES, default=NAMES, help="default: all")
     add("--quick", action="store_true", help="smaller programs, 2 repeats")
-    add("--size", type=int, help="how much each program does (4; quick: 2)")
-    add("--repeats", type=int, help="runs of each on each server (4; quick: 2)")
+    add("--size", type=int, help="how much each program does (2; quick: 1)")
+    add("--repeats", type=int, help="runs of each on each server (3; quick: 2)")
     add("--questions", type=Path, help="MT-bench's question.jsonl (github.com/lm-sys/FastChat)")
-    add("--pool-tokens", type=int, default=3072, help="tokens of the device pool (3072)")
+    add("--pool-tokens", type=int, default=1536, help="tokens of the device pool (1536)")
     add("--host-gb", type=float, default=2.0, help="GiB of host memory for pages (2)")
     add("--dtype", default="float32", help="of weights and KV (float32, so that texts are equal)")
     add("--attention-backend", help="on both servers (default: smg_cpu on a CPU)")
@@ -47,8 +47,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--json", type=Path, default=OUT / "programs.json")
     options = parser.parse_args(arguments)
     options.attention_backend = attention_backend(options.attention_backend)
-    options.size = options.size or (2 if options.quick else 4)
-    options.repeats = options.repeats or (2 if options.quick else 4)
+    options.size = options.size or (1 if options.quick else 2)
+    options.repeats = options.repeats or (2 if options.quick else 3)
     return options
 
 
@@ -70,9 +70,10 @@ def measure(console: Console, options: argparse.Namespace) -> Result:
     with ExitStack() as stack:
         with console.status("starting 2 servers; this takes about a minute"):
             servers = stack.enter_context(running([STOCK, SMG], options, logs))
+            warm_up(servers)
         for name, program in programs(options).items():
             with Progress(console=console) as bar:
-                task = bar.add_task(name, total=2 * (options.repeats + 1))
+                task = bar.add_task(name, total=2 * options.repeats)
                 advance = partial(bar.advance, task)
                 results[name] = take_turns(program, servers, options.size, options.repeats, advance)
             print_result(console, name, results[name])

@@ -12,7 +12,7 @@ import sglang as sgl
 from bench.programs.endpoint import CountingEndpoint
 from bench.programs.texts import KINDS, Record, record
 
-EXAMPLES = 14
+TASKS, EXAMPLES = 4, 10
 
 
 @sgl.function
@@ -44,8 +44,7 @@ def arguments(tasks: int, records: int, seed: int = 1) -> list[dict[str, str]]:
 
 
 def run(backend: CountingEndpoint, size: int) -> list[str]:
-    """`size` records of each of 6 tasks; the answers."""
-    states = extract.run_batch(
-        arguments(tasks=6, records=size), temperature=0, num_threads=2, backend=backend
-    )
+    """`size + 1` records of each task; the answers."""
+    work = arguments(TASKS, size + 1)
+    states = extract.run_batch(work, temperature=0, num_threads=2, backend=backend)
     return ["|".join((s["name"], s["year"], s["kind"])) for s in states]

@@ -30,6 +30,7 @@ def judge(s, text: str, opinion: str):
     """A remark and a grade from each side, then a verdict that has seen them all."""
     s += sgl.system("You judge essays, in few words.")
     s += sgl.user(f"The essay:\n{text}")
+    s.sync()  # `fork` sends the shared prompt ahead only if its text is there by then
     forks = s.fork(len(SIDES))
     for side, fork in zip(SIDES, forks, strict=True):
         remark(fork, side, opinion)
@@ -41,9 +42,9 @@ def judge(s, text: str, opinion: str):
 
 
 def run(backend: CountingEndpoint, size: int) -> list[str]:
-    """`3 * size` essays, each judged twice."""
+    """`2 * size` essays, each judged twice."""
     rng = random.Random(3)
-    essays = [essay(rng, 20) for _ in range(3 * size)]
+    essays = [essay(rng, 20) for _ in range(2 * size)]
     said = []
     for opinion in ("first opinion", "second opinion"):
         work = [{"text": text, "opinion": opinion} for text in essays]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench.programs import few_shot
 from bench.programs.compare import compare_outputs
 from bench.programs.endpoint import CountingEndpoint
 from bench.serving.statistics import compare, spread
@@ -60,18 +61,22 @@ def take_turns(
     repeats: int,
     advance: Callable[[], Any] = lambda: None,
 ) -> Result:
-    """Stock and ours in the order A B, B A, ...; the first, small runs only warm up."""
+    """Stock and ours in the order A B, B A, ..."""
     endpoints = {name: CountingEndpoint(server.url) for name, server in servers.items()}
     runs = {name: Runs() for name in servers}
-    for repeat in range(-1, repeats):
-        for name in list(servers)[:: 1 if repeat % 2 else -1]:
-            wanted = size if repeat >= 0 else 1
-            row, outputs = run_once(program, servers[name], endpoints[name], wanted)
-            if repeat >= 0:
-                runs[name].rows.append(row)
-                runs[name].outputs.append(outputs)
+    for repeat in range(repeats):
+        for name in list(servers)[:: -1 if repeat % 2 else 1]:
+            row, outputs = run_once(program, servers[name], endpoints[name], size)
+            runs[name].rows.append(row)
+            runs[name].outputs.append(outputs)
             advance()
     return summary(runs)
+
+
+def warm_up(servers: Mapping[str, SglangServer]) -> None:
+    """A program on each server that is not measured: caches of compilers, grammars, allocators."""
+    for server in servers.values():
+        run_once(few_shot.run, server, CountingEndpoint(server.url), 0)
 
 
 def summary(runs: Mapping[str, Runs]) -> Result:

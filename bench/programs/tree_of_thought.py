@@ -21,24 +21,33 @@ def thought(s, number: int) -> None:
     s += "\nThis plan is" + sgl.gen("score", choices=list(SCORES))
 
 
-def think(s, branches: int) -> list:
-    """Branches that each add a thought and its score; the best first."""
+def think(s, branches: int):
+    """Branches that each add a thought and its score."""
+    s.sync()  # `fork` sends the shared prompt ahead only if its text is there by then
     forks = s.fork(branches)
     for number, fork in enumerate(forks, 1):
         thought(fork, number)
-    forks.join()
-    return sorted(forks, key=lambda fork: -SCORES.index(fork["score"]))
+    return forks
+
+
+def best(forks):
+    """The branch with the highest score; the first of equals."""
+    return max(forks, key=lambda fork: SCORES.index(fork["score"]))
 
 
 @sgl.function
 def solve(s, situation: str, question: str):
     """Two levels of thoughts, then an answer from the best of the second."""
     s += f"{situation}\n\nQuestion: {question}"
-    first = think(s, BRANCHES)[0]
-    second = think(first, BRANCHES)[0]
-    second += "\nSo the answer is:" + sgl.gen("answer", max_tokens=16, stop="\n")
-    s["plan"] = first["thought"] + " / " + second["thought"]
-    s["answer"] = second["answer"]
+    plans = think(s, BRANCHES)
+    plan = best(plans)
+    steps = think(plan, BRANCHES)
+    step = best(steps)
+    step += "\nSo the answer is:" + sgl.gen("answer", max_tokens=16, stop="\n")
+    s["plan"], s["answer"] = f"{plan['thought']} / {step['thought']}", step["answer"]
+    # What was joined has ended, and hangs when it is asked for more: so last, inside out.
+    steps.join()
+    plans.join()
 
 
 def arguments(count: int, seed: int = 2) -> list[dict[str, str]]:

@@ -18,10 +18,11 @@ TRACES = {
     "mooncake": DATA / "mooncake" / "conversation_trace.jsonl.gz",
     "agents": DATA / "agent_sessions" / "sessions.tgz",
 }
+#: A CPU serves a fraction of what these services did: another pace, and only a beginning. (Common
+#: flags, those of a full run, those of a quick one.)
 REPLAYED = {
-    # A CPU serves a fraction of what these services did: slower, and only a beginning.
-    "mooncake": ("--speed", "0.4"),
-    "agents": ("--speed", "0.4"),
+    "mooncake": (("--speed", "0.3"), ("--limit", "120"), ("--limit", "40")),
+    "agents": (("--speed", "10", "--sessions", "6"), ("--limit", "150"), ("--limit", "60")),
 }
 
 
@@ -68,8 +69,8 @@ def parts() -> list[Part]:
             "programs",
             ("-m", "bench.programs", "--json", "{json}"),
             extract.programs,
-            full=(("--repeats", "3"), 600),
-            quick=(("--quick", "--repeats", "1"), 300),
+            full=((), 900),
+            quick=(("--quick",), 420),
         ),
         *(replay(name, path) for name, path in TRACES.items()),
         Part(
@@ -93,12 +94,13 @@ def parts() -> list[Part]:
 
 def replay(name: str, path: Path) -> Part:
     """A trace against stock and ours."""
+    common, full, quick = REPLAYED[name]
     return Part(
         f"replay-{name}",
-        ("-m", "bench.replay", str(path), "--json", "{json}", *REPLAYED[name]),
+        ("-m", "bench.replay", str(path), "--json", "{json}", *common),
         extract.own_figures,
-        full=(("--limit", "120"), 900),
-        quick=(("--limit", "30"), 240),
+        full=(full, 900),
+        quick=(quick, 300),
         needs=path,
     )
 
