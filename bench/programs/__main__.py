@@ -35,9 +35,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model-path", help="a model folder or hub name (default: the demo model)")
     add("--only", nargs="+", choices=NAMES, default=NAMES, help="default: all")
-    add("--quick", action="store_true", help="smaller programs, 2 repeats")
-    add("--size", type=int, help="how much each program does (2; quick: 1)")
-    add("--repeats", type=int, help="runs of each on each server (3; quick: 2)")
+    add("--quick", action="store_true", help="one repeat: no spread")
+    add("--size", type=int, help="how much each program does (1)")
+    add("--repeats", type=int, help="runs of each on each server (3; quick: 1)")
     add("--questions", type=Path, help="MT-bench's question.jsonl (github.com/lm-sys/FastChat)")
     add("--pool-tokens", type=int, default=1536, help="tokens of the device pool (1536)")
     add("--host-gb", type=float, default=2.0, help="GiB of host memory for pages (2)")
@@ -47,8 +47,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--json", type=Path, default=OUT / "programs.json")
     options = parser.parse_args(arguments)
     options.attention_backend = attention_backend(options.attention_backend)
-    options.size = options.size or (1 if options.quick else 2)
-    options.repeats = options.repeats or (2 if options.quick else 3)
+    options.size = options.size or 1
+    options.repeats = options.repeats or (1 if options.quick else 3)
     return options
 
 

@@ -68,8 +68,8 @@ def test_all_users_have_a_first_turn_before_any_has_a_second():
     parrot = Parrot()
     answers = chat.run(parrot, 1)
     turns = [prompt.count("<|im_start|>user") for prompt in parrot.prompts]
-    assert turns == sorted(turns) == [1] * 6 + [2] * 6
-    assert answers == [" so be it"] * 12
+    assert turns == sorted(turns) == [1] * 8 + [2] * 8
+    assert answers == [" so be it"] * 16
 
 
 def test_questions_are_made_up_where_there_is_no_file(tmp_path, monkeypatch):
