@@ -103,9 +103,10 @@ def prepare(options: argparse.Namespace, model: str) -> Workload:
         sys.exit(f"{options.trace} has no request that fits: see --context and --block-tokens")
     words = words_of(model)
     sent = asks(chosen, words, selection)
+    block = chosen[0].block_tokens
     title = (
-        f"{options.trace.name}: {len(sent)} requests, {chosen[0].block_tokens} tokens a block, "
-        f"{options.speed:g} times its pace"
+        f"{options.trace.name}: {len(sent)} requests, {options.speed:g} times their pace, blocks of "
+        f"{block} token{'s' if block > 1 else ''}"
     )
     return Workload(title, sent, infinite_hits(sent, options.page_size), words)
 

@@ -108,6 +108,7 @@ def figures(title: str, subjects: Mapping[str, Result]) -> list[Result]:
         row("TTFT mean", "s", [r["ttft_s"]["mean"] for r in both]),
         row("TTFT p50", "s", [r["ttft_s"]["p50"] for r in both]),
         row("TTFT p99", "s", [r["ttft_s"]["p99"] for r in both]),
+        row("prompt + output tokens a second", "tok/s", [r["tokens_per_s"] for r in both]),
         row("ITL p50", "ms", [r["itl_s"].get("p50", 0.0) * 1e3 for r in both]),
         row("hits on the device", "share", [r["hit_share"].get("device", 0) for r in both]),
         row("hits in host memory", "share", [r["hit_share"].get("host", 0) for r in both]),

@@ -21,8 +21,8 @@ TRACES = {
 #: A CPU serves a fraction of what these services did: another pace, and only a beginning. (Common
 #: flags, those of a full run, those of a quick one.)
 REPLAYED = {
-    "mooncake": (("--speed", "0.3"), ("--limit", "120"), ("--limit", "40")),
-    "agents": (("--speed", "10", "--sessions", "6"), ("--limit", "150"), ("--limit", "60")),
+    "mooncake": (("--speed", "0.15"), ("--limit", "80"), ("--limit", "30")),
+    "agents": (("--speed", "2.5", "--sessions", "6"), ("--limit", "80"), ("--limit", "40")),
 }
 
 
