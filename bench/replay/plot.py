@@ -10,6 +10,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from bench.serving.plot import COLOURS
 
@@ -27,6 +28,9 @@ def plot(results: Result, path: Path) -> None:
     left.set(xlabel="sent, s", ylabel="TTFT, s", yscale="log", title="each request")
     middle.set(xlabel="TTFT, s", xscale="log", ylabel="share of requests", title="TTFT")
     left.legend(frameon=False)
+    for axis in (left.yaxis, middle.xaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     _hits(right, subjects)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
