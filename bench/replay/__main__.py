@@ -105,8 +105,8 @@ def prepare(options: argparse.Namespace, model: str) -> Workload:
     sent = asks(chosen, words, selection)
     block = chosen[0].block_tokens
     title = (
-        f"{options.trace.name}: {len(sent)} requests, {options.speed:g} times their pace, blocks of "
-        f"{block} token{'s' if block > 1 else ''}"
+        f"{options.trace.name}: {len(sent)} requests, {options.speed:g} times their pace, "
+        f"blocks of {block} token{'s' if block > 1 else ''}"
     )
     return Workload(title, sent, infinite_hits(sent, options.page_size), words)
 

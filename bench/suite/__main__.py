@@ -18,7 +18,7 @@ from rich.table import Table
 
 from bench.serving import machine
 from bench.suite import records
-from bench.suite.child import Outcome, run
+from bench.suite.child import GRACE_S, Outcome, run
 from bench.suite.figures import Figure, figure_from, lines
 from bench.suite.parts import BENCH, Part, parts
 
@@ -34,24 +34,30 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench-all", description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="rough figures, under 20 minutes on 2 cores")
+    add("--minutes", type=float, help="stop after these (quick: 20, else 60)")
     add("--only", nargs="+", choices=names, default=names, help="default: all")
     add("--out", type=Path, default=BENCH / "out" / "all", help="raw JSON and logs (bench/out/all)")
     add("--results", type=Path, default=records.RESULTS, help="records (bench/results)")
     add("--no-record", action="store_true", help="show the figures, keep nothing")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.minutes = options.minutes or (20.0 if options.quick else 60.0)
+    return options
 
 
-def run_part(part: Part, out: Path, *, quick: bool) -> dict[str, Any]:
-    """One part as a record holds it."""
+def run_part(part: Part, out: Path, left_s: float, *, quick: bool) -> dict[str, Any]:
+    """One part as a record holds it; `left_s`: until the whole run has to be over."""
     load, figures = [os.getloadavg()[0]], []
     path = out / f"{part.name}.json"
     path.unlink(missing_ok=True)
     if part.needs is not None and not part.needs.exists():
         outcome = Outcome("not run", f"there is no {part.needs}")
+    elif left_s < GRACE_S:
+        outcome = Outcome("not run", "no time was left (--minutes)")
     else:
         command = [sys.executable, *part.arguments(quick=quick, json=path)]
         log = out / "logs" / f"{part.name}.log"
-        outcome = run(command, log, part.timeout_s(quick=quick), ENVIRONMENT)
+        limit_s = min(part.timeout_s(quick=quick), left_s - GRACE_S)
+        outcome = run(command, log, limit_s, ENVIRONMENT)
     if path.exists():
         figures, outcome = extracted(part, path, outcome)
     load.append(os.getloadavg()[0])
@@ -101,7 +107,8 @@ def main(arguments: list[str]) -> int:
             with console.status(
                 f"{part.name}; at most {part.timeout_s(quick=options.quick):.0f} s"
             ):
-                record["parts"].append(run_part(part, options.out, quick=options.quick))
+                left_s = 60 * options.minutes - (time.monotonic() - began)
+                record["parts"].append(run_part(part, options.out, left_s, quick=options.quick))
             show_status(console, record["parts"][-1])
     record["seconds"] = time.monotonic() - began
     runs = [record]

@@ -21,8 +21,8 @@ TRACES = {
 #: A CPU serves a fraction of what these services did: another pace, and only a beginning. (Common
 #: flags, those of a full run, those of a quick one.)
 REPLAYED = {
-    "mooncake": (("--speed", "0.15"), ("--limit", "80"), ("--limit", "30")),
-    "agents": (("--speed", "2.5", "--sessions", "6"), ("--limit", "80"), ("--limit", "40")),
+    "mooncake": (("--speed", "0.15"), ("--limit", "60"), ("--limit", "30")),
+    "agents": (("--speed", "2.5", "--sessions", "6"), ("--limit", "80"), ("--limit", "30")),
 }
 
 
@@ -63,7 +63,7 @@ def parts() -> list[Part]:
             ("-m", "bench", "--json", "{json}"),
             extract.serving,
             full=(("--repeats", "12"), 1200),
-            quick=(("--quick",), 480),
+            quick=(("--quick", "--repeats", "3"), 600),
         ),
         Part(
             "programs",
