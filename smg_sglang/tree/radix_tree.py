@@ -161,6 +161,15 @@ class RadixTree:
         self._num_pages -= len(gone)
         return gone
 
+    def first_leaf(self) -> Node | None:
+        """The leaf that would go first; None when all is pinned. O(log nodes), amortised."""
+        return self._queue.first()
+
+    def path_to(self, node: Node) -> bytes:
+        """The path of all pages down to the end of `node`."""
+        above = [n.keys[: KEY_BYTES * n.length] for n in node.ancestry()]
+        return b"".join(reversed(above))
+
     def evict_leaf(self) -> Pages:
         """Take out the whole leaf that is first in the policy's order and return its pages, int64:
         none when all is pinned. This is how SGLang's device level evicts. O(log nodes), amortised.
