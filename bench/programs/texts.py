@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Where MT-bench lies beside the project. Public original: github.com/lm-sys/FastChat,
-#: fastchat/llm_judge/data/mt_bench/question.jsonl.
-MT_BENCH = Path(__file__).parents[3] / "shared" / "data" / "mt_bench" / "question.jsonl"
+#: MT-bench's questions beside the project, or where SMG_TRACES says. Public original:
+#: github.com/lm-sys/FastChat, fastchat/llm_judge/data/mt_bench/question.jsonl.
+DATA = Path(os.environ.get("SMG_TRACES", Path(__file__).parents[3] / "shared" / "data"))
+MT_BENCH = DATA / "mt_bench" / "question.jsonl"
 
 NAMES = ("Ada", "Bruno", "Chen", "Dalia", "Emil", "Fatima", "Goran", "Hana", "Ivo", "Jun", "Kofi")
 CITIES = ("Oslo", "Lima", "Accra", "Kyoto", "Porto", "Quito", "Riga", "Seoul", "Tunis", "Zagreb")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,9 @@ from bench.suite import extract
 from bench.suite.figures import Figure
 
 BENCH = Path(__file__).parents[1]
-#: Public workload data beside the project, where there is some. `bench/replay` says in its help
-#: where the originals are.
-DATA = BENCH.parents[1] / "shared" / "data"
+#: Public workload data, where there is some: beside the project, or where SMG_TRACES says.
+#: `bench/replay` says in its help where the originals are.
+DATA = Path(os.environ.get("SMG_TRACES", BENCH.parents[1] / "shared" / "data"))
 TRACES = {
     "mooncake": DATA / "mooncake" / "conversation_trace.jsonl.gz",
     "agents": DATA / "agent_sessions" / "sessions.tgz",
