@@ -42,14 +42,14 @@ bench-programs: $(VENV)/.ready ## SGLang frontend programs on stock and ours, ou
 bench-replay: $(VENV)/.ready ## TRACE=file on stock and ours, or on ARGS="--url URL ..."
 	@$(RUN) -m bench.replay $(if $(TRACE),"$(TRACE)") $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
 
-bench-split: $(VENV)/.ready ## chats that stream while long prompts arrive: one worker against a split; ARGS="flags"
-	@$(RUN) -m bench.split $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
-
-bench-context: $(VENV)/.ready ## contexts larger than the device pool; ARGS="flags"
-	@$(RUN) -m bench.context $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
-
 bench-tree: $(VENV)/.ready ## our radix tree beside SGLang's two; ARGS="flags"
 	@$(RUN) bench/tree.py $(ARGS)
+
+bench-context: $(VENV)/.ready ## a context four times the device pool, streamed and not; ARGS="flags"
+	@$(RUN) -m bench.context $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
+
+bench-split: $(VENV)/.ready ## streams beside long prompts, on one worker and split; ARGS="flags"
+	@$(RUN) -m bench.split $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
 
 bench-transfer: $(VENV)/.ready ## how fast pages move between device pool and host memory; ARGS="flags"
 	@$(RUN) bench/transfer.py $(ARGS)

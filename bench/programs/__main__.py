@@ -42,7 +42,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--pool-tokens", type=int, default=1536, help="tokens of the device pool (1536)")
     add("--host-gb", type=float, default=2.0, help="GiB of host memory for pages (2)")
     add("--dtype", default="float32", help="of weights and KV (float32, so that texts are equal)")
-    add("--attention-backend", help="on both servers (default: smg_cpu on a CPU)")
+    add("--attention-backend", help="on both servers (default: smg on a CPU)")
     add("--server-args", default="", help="more flags for both servers, as one string")
     add("--json", type=Path, default=OUT / "programs.json")
     options = parser.parse_args(arguments)

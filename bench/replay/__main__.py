@@ -79,7 +79,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--pool-tokens", type=int, default=4096, help="tokens of the device pool (4096)")
     add("--host-gb", type=float, default=2.0, help="GiB of host memory for pages (2)")
     add("--dtype", default="bfloat16", help="of weights and KV (bfloat16)")
-    add("--attention-backend", help="on both servers (default: smg_cpu on a CPU)")
+    add("--attention-backend", help="on both servers (default: smg on a CPU)")
     add("--server-args", default="", help="more flags for both servers, as one string")
     parser.add_argument("--json", type=Path, default=OUT / "replay.json", help="PNG lies beside")
     options = parser.parse_args(arguments)

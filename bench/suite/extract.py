@@ -81,7 +81,7 @@ def attention(result: Json) -> Iterator[Figure]:
         if row["kind"] == "cached prefix" and row["batch"] == 1:
             title = f"attention, {row['layers']} layers, {row['dtype']} (baseline: torch_native)"
             what = f"{row['new']} new tokens on {row['cached']:,}"
-            yield Figure(title, what, "ms", row["ms"]["torch_native"][1], row["ms"]["smg_cpu"][1])
+            yield Figure(title, what, "ms", row["ms"]["torch_native"][1], row["ms"]["smg"][1])
 
 
 def tree(result: Json) -> Iterator[Figure]:
@@ -125,6 +125,18 @@ def split(result: Json) -> Iterator[Figure]:
     ):
         yield Figure(title, what, "ms", one[key], ours[key])
     yield Figure(title, "TTFT p50 of the long prompts", "s", one["ttft_p50_s"], ours["ttft_p50_s"])
+
+
+def context(result: Json) -> Iterator[Figure]:
+    """`bench/context.py`."""
+    tokens, share = result["options"]["tokens"], result["options"]["share"]
+    title = f"prompts of {tokens:,} tokens, streamed (baseline: a pool that holds them)"
+    pool, streamed = result["spread"]["all in the pool"], result["spread"]["streamed"]
+    for kind in ("prefill", "decode"):
+        what = f"{kind}, device pool of 1/{share}"
+        yield Figure(title, what, "tok/s", pool[kind]["p50"], streamed[kind]["p50"])
+        ratio = result["streamed_over_pool"][kind]["ratio"]
+        yield Figure(title, f"{kind}, ours / baseline in pairs", "x", 1, ratio)
 
 
 def own_figures(result: Json) -> Iterator[Figure]:

@@ -83,11 +83,10 @@ def parts() -> list[Part]:
         ),
         Part(
             "context",
-            ("-m", "bench.context", "--json", "{json}"),
-            extract.own_figures,
+            ("-m", "bench.context", "--out", "{json}"),
+            extract.context,
             full=((), 420),
             quick=(("--quick",), 240),
-            needs=BENCH / "context.py",
         ),
         *small_parts(),
     ]

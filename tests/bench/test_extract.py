@@ -39,7 +39,7 @@ def test_programs_tell_time_hits_and_differing_outputs():
 
 
 def test_the_parts_have_their_own_baselines():
-    times = {"torch_native": [1, 20.0, 3], "smg_cpu": [1, 2.0, 3]}
+    times = {"torch_native": [1, 20.0, 3], "smg": [1, 2.0, 3]}
     case = {"kind": "cached prefix", "batch": 1, "layers": 4, "dtype": "x", "new": 16}
     (attention,) = extract.attention({"results": [case | {"cached": 2700, "ms": times}]})
     assert (attention.baseline, attention.ours) == (20.0, 2.0)
@@ -62,6 +62,17 @@ def test_a_split_is_held_against_one_worker():
     split = {name: value / 2 for name, value in one.items()}
     found = extract.split({"figures": {"one worker": one, "split": split}})
     assert [(f.what, f.baseline, f.ours) for f in found][1] == ("ITL p99", 9, 4.5)
+
+
+def test_streamed_contexts_are_held_against_a_pool_that_holds_them():
+    kinds = {"prefill": {"p50": 100.0}, "decode": {"p50": 10.0}}
+    result = {
+        "options": {"tokens": 8000, "share": 4},
+        "spread": {"all in the pool": kinds, "streamed": kinds},
+        "streamed_over_pool": {"prefill": {"ratio": 0.9}, "decode": {"ratio": 0.8}},
+    }
+    found = [(f.unit, f.baseline, f.ours) for f in extract.context(result)]
+    assert found == [("tok/s", 100, 100), ("x", 1, 0.9), ("tok/s", 10, 10), ("x", 1, 0.8)]
 
 
 def test_a_benchmark_may_bring_its_own_figures():
