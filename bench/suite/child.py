@@ -57,16 +57,19 @@ def run(
 
 
 def stop(child: psutil.Popen, grace_s: float = GRACE_S) -> None:
-    """SIGTERM to the child, which stops its servers; SIGKILL to what is left of its family."""
+    """SIGTERM to the child, which stops its servers; what is left of its family is ended, too."""
     try:
         family = [child, *child.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
     child.terminate()
-    _, alive = psutil.wait_procs(family, timeout=grace_s)
+    _, alive = psutil.wait_procs(family, timeout=grace_s / 2)
+    for process in alive:
+        process.terminate()
+    _, alive = psutil.wait_procs(alive, timeout=grace_s / 4)
     for process in alive:
         process.kill()
-    psutil.wait_procs(alive, timeout=10)
+    psutil.wait_procs(alive, timeout=grace_s / 4)
 
 
 def tail(log: Path) -> str:

@@ -64,7 +64,7 @@ def parts() -> list[Part]:
             ("-m", "bench", "--json", "{json}"),
             extract.serving,
             full=(("--repeats", "12"), 1200),
-            quick=(("--quick", "--repeats", "3"), 600),
+            quick=(("--quick", "--repeats", "3", "--only", "prefix,no_reuse,chats"), 480),
         ),
         Part(
             "programs",
@@ -79,14 +79,14 @@ def parts() -> list[Part]:
             ("-m", "bench.split", "--out", "{json}"),
             extract.split,
             full=((), 600),
-            quick=(("--turns", "1", "--longs", "2"), 240),
+            quick=(("--turns", "1", "--longs", "1"), 300),
         ),
         Part(
             "context",
             ("-m", "bench.context", "--out", "{json}"),
             extract.context,
             full=((), 420),
-            quick=(("--quick",), 240),
+            quick=(("--quick", "--tokens", "3968"), 240),
         ),
         *small_parts(),
     ]
