@@ -31,7 +31,7 @@ def headline(records: Sequence[Record]) -> str:
     machines = [record["machine"] for record in records]
     last, versions = machines[-1], machines[-1]["versions"]
     loads = [load for record in records for part in record["parts"] for load in part["load"]]
-    commits = sorted({str(machine["commit"])[:9] for machine in machines})
+    commits = sorted({str(machine["commit"]) for machine in machines})
     runs = "one run" if len(records) == 1 else f"{len(records)} runs: medians [smallest .. largest]"
     what = "make bench-all ARGS=--quick" if records[-1]["quick"] else "make bench-all"
     return (
