@@ -82,7 +82,7 @@ def _sweep(
         stem = options.out / f"{title.split('.', maxsplit=1)[0]}_sweep"
         write_csv(result, stem.with_suffix(".csv"))
         plot_sweep(result, title, stem.with_suffix(".png"))
-        console.print(f"written: {stem}.csv, {stem}.png")
+        console.print(f"written: {stem}.csv, {stem}.png", soft_wrap=True)
     return result
 
 
@@ -161,7 +161,9 @@ def _policies(text: str) -> list[EvictionName]:
 def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
     """A bar on stderr: which run is at how many requests."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+    stderr = Console(stderr=True)
+    quiet = not stderr.is_terminal
+    with Progress(*columns, TimeElapsedColumn(), console=stderr, disable=quiet) as bar:
         tasks: dict[str, Any] = {}
 
         def tell(what: str, done: int) -> None:

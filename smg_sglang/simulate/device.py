@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from smg_sglang.tree.eviction import LRU
 from smg_sglang.tree.node import Node
-from smg_sglang.tree.radix_tree import RadixTree
+from smg_sglang.tree.radix_tree import Match, RadixTree
 
 Pages = NDArray[np.int64]
 
@@ -41,6 +41,20 @@ class DeviceLevel:
     @property
     def num_free(self) -> int:
         return self._num_free
+
+    def touch(self, match: Match) -> Node:
+        """Count a use; the node that the match ends in, or the root.
+
+        SGLang 0.5.23 makes what follows in a node that a match splits recent, too
+        (`UnifiedTreeCore._split_node`).
+        """
+        if not match.length:
+            return match.node
+        node = self.tree.touch(match)
+        if node is not match.node:
+            rest = match.node
+            self.tree.renew(Match(rest.pages, rest, rest.start + rest.length))
+        return node
 
     def lock(self, node: Node) -> None:
         """Keep the path that ends in `node`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from smg_sglang.simulate.run import Outcome
@@ -57,25 +58,24 @@ def _rows(run: Outcome) -> list[tuple[str, str, str]]:
 
 
 def sweep_table(sweep: Sweep, title: str) -> Table:
-    """A row for each run."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in ("policy", "host GiB", "device", "host", "hits", "of infinite", "optimum"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
-    table.add_column("work saved", justify="right")
-    table.add_column("TTFT saved ms", justify="right")
+    """A row for each run; narrow enough for 80 columns."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column("policy")
+    columns = ("host\nGiB", "device", "host", "hits", "of\ninfinite", "optimum", "work\nsaved")
+    for column in (*columns, "TTFT\nsaved ms"):
+        table.add_column(column, justify="right")
     for run in sweep.runs:
         share = run.hit_share
-        table.add_row(
-            run.policy,
-            f"{run.host_gb:g}",
-            f"{share['device']:.2%}",
-            f"{share['host']:.2%}",
-            f"{share['total']:.2%}",
-            f"{share['total'] / (sweep.bounds.infinite or 1):.1%}",
-            f"{sweep.bounds.belady[run.host_gb]:.2%}",
-            f"{run.saved_flops_share['total']:.2%}",
-            _per(run.saved_prefill_s["total"], run.requests),
+        shares = (
+            share["device"],
+            share["host"],
+            share["total"],
+            share["total"] / (sweep.bounds.infinite or 1),
+            sweep.bounds.belady[run.host_gb],
+            run.saved_flops_share["total"],
         )
+        saved = _per(run.saved_prefill_s["total"], run.requests)
+        table.add_row(run.policy, f"{run.host_gb:g}", *(f"{x:.1%}" for x in shares), saved)
     return table
 
 

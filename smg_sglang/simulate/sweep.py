@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -82,7 +83,7 @@ def run_sweep(
                 continue
             name = f"{policy}, {host_gb:g} GiB"
             chosen = replace(settings, eviction=policy, host_gb=host_gb)
-            outcomes.append(simulate(requests, chosen, lambda n, name=name: progress(name, n)))
+            outcomes.append(simulate(requests, chosen, partial(progress, name)))
     return Sweep(outcomes, bounds)
 
 

@@ -108,7 +108,7 @@ class Worker:
         """Match, lock and load; False where the pool has no room for all of the request."""
         path = flight.path
         match = self.device.tree.match(path.head(path.matchable))
-        node = self.device.tree.touch(match) if match.length else match.node
+        node = self.device.touch(match)
         self.device.lock(node)
         needed = flight.needed_pages - match.length
         if self.device.available() - self._promised < needed:
@@ -166,11 +166,19 @@ class Worker:
     def _answer(self, flight: Flight) -> None:
         self.tally.first_token(flight, self._clock.now())
         self._answering += 1
-        self._take(flight, flight.promised)
-        # In each step SGLang makes room as if every answer needed another page.
-        self.device.make_free(self._answering)
+        self._take_for_answer(flight)
         seconds = max(flight.request.output_tokens - 1, 0) * self.settings.itl_ms / 1000
         self._clock.at(self._clock.now() + seconds, self._finish, flight)
+
+    def _take_for_answer(self, flight: Flight) -> None:
+        """In each step SGLang makes room as if every answer needed another page, whether or not
+        one does."""
+        request, page = flight.request, self.settings.page_size
+        while flight.promised:
+            self.device.make_free(self._answering)
+            self._take(flight, 1)
+        if (request.input_tokens + max(request.output_tokens, 1) - 1) % page:
+            self.device.make_free(self._answering)
 
     def _finish(self, flight: Flight) -> None:
         total = len(flight.path)
