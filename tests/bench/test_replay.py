@@ -6,16 +6,16 @@ import time
 
 import numpy as np
 import pytest
-from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.replay import summary as summaries
-from bench.replay.__main__ import named
+from bench.replay.__main__ import main, named
 from bench.replay.asks import Ask, Selection, asks, fitting_block, infinite_hits, prompt, select
 from bench.replay.run import replay
 from bench.replay.words import RESERVED, Words, plain_ids, words_of
 from smg_sglang.trace import Request
+from tests.bench.fake_server import FakeServer
 
 WORDS = Words(tuple(range(100, 1100)))
 
@@ -116,45 +116,9 @@ def test_servers_have_names_or_are_their_own():
     assert named(["a=http://x:1/", "http://y:2"]) == {"a": "http://x:1", "http://y:2": "http://y:2"}
 
 
-class FakeServer:
-    """Streams `tokens` after `delay_s`; says 500 to a prompt of one token."""
-
-    def __init__(self, delay_s=0.0):
-        self.delay_s, self.bodies, self.running, self.most = delay_s, [], 0, 0
-
-    async def generate(self, http):
-        body = await http.json()
-        self.bodies.append(body)
-        if len(body.get("input_ids", "xx")) == 1:
-            return web.Response(status=500)
-        self.running += 1
-        self.most = max(self.most, self.running)
-        response = web.StreamResponse()
-        await response.prepare(http)
-        await asyncio.sleep(self.delay_s)
-        for n in range(1, body["sampling_params"]["max_new_tokens"] + 1):
-            meta = {"completion_tokens": n, "cached_tokens": 0, "prompt_tokens": 4}
-            meta["cached_tokens_details"] = {"device": 1, "host": 2}
-            event = {"meta_info": meta, "output_ids": [7] * n}
-            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
-        self.running -= 1
-        return response
-
-    def replay(self, sent, **options):
-        async def run():
-            application = web.Application()
-            application.router.add_post("/generate", self.generate)
-            runner = web.AppRunner(application)
-            await runner.setup()
-            site = web.TCPSite(runner, "127.0.0.1", 0)
-            await site.start()
-            port = runner.addresses[0][1]
-            try:
-                return await replay(f"http://127.0.0.1:{port}", sent, **options)
-            finally:
-                await runner.cleanup()
-
-        return asyncio.run(run())
+def replayed(server, sent, **options):
+    with server.running() as url:
+        return asyncio.run(replay(url, sent, **options))
 
 
 def ask(number=0, at=0.0, prompt=(1, 2, 3, 4)):
@@ -164,21 +128,21 @@ def ask(number=0, at=0.0, prompt=(1, 2, 3, 4)):
 def test_an_open_loop_does_not_wait_for_answers():
     server = FakeServer(delay_s=0.2)
     began = time.perf_counter()
-    outcomes, _ = server.replay([ask(i, at=0.01 * i) for i in range(5)])
+    outcomes, _ = replayed(server, [ask(i, at=0.01 * i) for i in range(5)])
     assert server.most == 5 and time.perf_counter() - began < 1.5
     assert all(outcome.late_s < 0.2 for outcome in outcomes)
 
 
 def test_one_in_flight_keeps_the_order():
     server = FakeServer(delay_s=0.01)
-    outcomes, _ = server.replay([ask(i, prompt=(i, 2, 3, 4)) for i in range(4)], in_flight=1)
+    outcomes, _ = replayed(server, [ask(i, prompt=(i, 2, 3, 4)) for i in range(4)], in_flight=1)
     assert server.most == 1
     assert [body["input_ids"][0] for body in server.bodies] == [0, 1, 2, 3]
     assert [outcome.ask.number for outcome in outcomes] == [0, 1, 2, 3]
 
 
 def test_a_failed_request_is_counted_and_is_in_no_other_figure():
-    outcomes, seconds = FakeServer().replay([ask(0), ask(1, prompt=(1,))])
+    outcomes, seconds = replayed(FakeServer(), [ask(0), ask(1, prompt=(1,))])
     found = summaries.summary(outcomes, seconds, [4, 0])
     assert (found["requests"], found["failed"]) == (1, 1)
     assert found["hit_share"] == {"device": 0.25, "host": 0.5}
@@ -188,14 +152,52 @@ def test_a_failed_request_is_counted_and_is_in_no_other_figure():
 
 def test_text_is_sent_as_text():
     server = FakeServer()
-    server.replay([ask()], text=lambda tokens: " a b")
+    replayed(server, [ask()], text=lambda tokens: " a b")
     assert server.bodies[0]["text"] == " a b" and "input_ids" not in server.bodies[0]
 
 
 def test_figures_are_for_stock_and_ours_only():
-    outcomes, seconds = FakeServer().replay([ask()])
+    outcomes, seconds = replayed(FakeServer(), [ask()])
     one = summaries.summary(outcomes, seconds, [4])
     assert summaries.figures("t", {"http://x": one}) == []
     rows = summaries.figures("t", {"stock": one, "smg": one})
     assert {row["workload"] for row in rows} == {"t"}
     json.dumps(rows)
+
+
+def mooncake_file(path, blocks=((1,), (1, 2), (3,))):
+    rows = [
+        {"timestamp": 10 * i, "input_length": 512 * len(b), "output_length": 70, "hash_ids": b}
+        for i, b in enumerate(blocks)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_any_server_is_replayed_to_by_its_url(tmp_path, demo_model, capsys):
+    trace, out = mooncake_file(tmp_path / "trace.jsonl"), tmp_path / "out" / "replay.json"
+    server = FakeServer(demo_model)
+    with server.running() as url:
+        assert main([str(trace), "--url", f"mine={url}", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    mine = found["subjects"]["mine"]
+    assert (mine["requests"], mine["prompt_tokens"]) == (3, 64)
+    assert mine["prompt_tokens_unplanned"] == 0, "words were sent, one token each"
+    assert found["trace"]["infinite_hit_share"] == 0.25
+    assert found["figures"] == [] and out.with_suffix(".png").stat().st_size > 0
+    assert server.flushed == 1 and len(server.bodies) == 3 + 3, "three to warm up"
+    assert "mine" in capsys.readouterr().out
+
+
+def test_a_server_whose_tokenizer_is_not_at_hand_is_sent_ids(tmp_path):
+    trace, out = mooncake_file(tmp_path / "trace.jsonl"), tmp_path / "replay.json"
+    server = FakeServer("somebody/elses-model")
+    with server.running() as url:
+        assert main([str(trace), "--url", url, "--json", str(out)]) == 0
+    assert all("input_ids" in body for body in server.bodies)
+
+
+def test_a_trace_of_which_nothing_fits_says_what_to_do(tmp_path):
+    trace = mooncake_file(tmp_path / "trace.jsonl")
+    with FakeServer().running() as url, pytest.raises(SystemExit, match="--context"):
+        main([str(trace), "--url", url, "--context", "1"])
