@@ -95,32 +95,45 @@ def show_figures(console: Console, runs: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def main(arguments: list[str]) -> int:
-    """1 where a part did not end well; all are run in any case."""
-    options = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    console = Console(width=None if sys.stdout.isatty() else 140)
+def run_all(console: Console, options: argparse.Namespace, record: dict[str, Any]) -> None:
+    """All parts of `--only`, each into the record when it has ended."""
     began = time.monotonic()
-    record: dict[str, Any] = {"machine": machine.describe(), "quick": options.quick, "parts": []}
     for part in parts():
-        if part.name in options.only:
-            with console.status(
-                f"{part.name}; at most {part.timeout_s(quick=options.quick):.0f} s"
-            ):
-                left_s = 60 * options.minutes - (time.monotonic() - began)
-                record["parts"].append(run_part(part, options.out, left_s, quick=options.quick))
-            show_status(console, record["parts"][-1])
-    record["seconds"] = time.monotonic() - began
-    runs = [record]
-    if not options.no_record:
+        if part.name not in options.only:
+            continue
+        left_s = 60 * options.minutes - (time.monotonic() - began)
+        limit_s = min(left_s, part.timeout_s(quick=options.quick))
+        with console.status(f"{part.name}; at most {limit_s:.0f} s"):
+            record["parts"].append(run_part(part, options.out, left_s, quick=options.quick))
+        record["seconds"] = time.monotonic() - began
+        show_status(console, record["parts"][-1])
+
+
+def keep(console: Console, options: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Append the record and show it with the other runs of the day; nothing if nothing ran."""
+    runs = [record] if record["parts"] else []
+    if runs and not options.no_record:
         path = records.append(record, options.results)
         kind = path.stem.split("-")[1]
         runs = [json.loads(p.read_text()) for p in sorted(path.parent.glob(f"*-{kind}.json"))]
         console.print(f"recorded: {path}")
-    show_figures(console, runs)
-    console.print(
-        f"{record['seconds'] / 60:.1f} minutes; `make readme` writes the table into README.md"
-    )
+    if runs:
+        show_figures(console, runs)
+
+
+def main(arguments: list[str]) -> int:
+    """1 where a part did not end well; all are run in any case, and what ran is recorded."""
+    options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    record: dict[str, Any] = {"machine": machine.describe(), "quick": options.quick, "parts": []}
+    record["seconds"] = 0.0
+    try:
+        run_all(console, options, record)
+    finally:
+        keep(console, options, record)
+    minutes = record["seconds"] / 60
+    console.print(f"{minutes:.1f} minutes; `make readme` writes the table into README.md")
     return int(any(part["status"] not in ("ok", "not run") for part in record["parts"]))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,22 @@ def test_a_run_ends_in_its_time(tmp_path):
     assert found["status"] == "timed out"
     late = suite.run_part(part(hangs), tmp_path, 1.0, quick=True)
     assert late["status"] == "not run" and "--minutes" in late["detail"]
+
+
+def test_all_parts_run_are_recorded_and_shown_whatever_becomes_of_them(
+    tmp_path, monkeypatch, capsys
+):
+    figure = {"workload": "w", "what": "time", "unit": "s", "baseline": None, "ours": 1.5}
+    good = f"open({str(tmp_path / 'p.json')!r}, 'w').write({json.dumps({'figures': [figure]})!r})"
+    bad = replace(part("raise SystemExit('no luck')"), name="bad")
+    monkeypatch.setattr(suite, "parts", lambda: [part(good), bad])
+    where = ["--out", str(tmp_path), "--results", str(tmp_path / "results")]
+    assert suite.main(["--quick", *where]) == 1
+    (path,) = (tmp_path / "results").glob("*/*-quick.json")
+    found = {one["name"]: one for one in json.loads(path.read_text())["parts"]}
+    assert found["p"]["figures"] == [figure]
+    assert found["bad"]["status"] == "failed" and "no luck" in found["bad"]["detail"]
+    assert "1.50 s" in capsys.readouterr().out
 
 
 def test_every_part_says_where_its_figures_go():
