@@ -23,7 +23,7 @@ TRACES = {
 #: flags, those of a full run, those of a quick one.)
 REPLAYED = {
     "mooncake": (("--speed", "0.15"), ("--limit", "60"), ("--limit", "30")),
-    "agents": (("--speed", "2.5", "--sessions", "6"), ("--limit", "80"), ("--limit", "30")),
+    "agents": (("--speed", "2.5", "--sessions", "6"), ("--limit", "60"), ("--limit", "30")),
 }
 
 
@@ -63,7 +63,7 @@ def parts() -> list[Part]:
             "serving",
             ("-m", "bench", "--json", "{json}"),
             extract.serving,
-            full=(("--repeats", "12"), 1200),
+            full=(("--repeats", "8"), 1200),
             quick=(("--quick", "--repeats", "3", "--only", "prefix,no_reuse,chats"), 480),
         ),
         Part(
@@ -85,7 +85,7 @@ def parts() -> list[Part]:
             "context",
             ("-m", "bench.context", "--out", "{json}"),
             extract.context,
-            full=((), 420),
+            full=(("--repeats", "3"), 480),
             quick=(("--quick", "--tokens", "3968"), 240),
         ),
         *small_parts(),
