@@ -7,7 +7,7 @@ ARGS ?=
 MODEL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-split test-gpu bench bench-tree bench-transfer bench-gpu lint model clean distclean
+.PHONY: help serve test test-split test-gpu bench bench-tree bench-context bench-split bench-transfer bench-gpu lint model clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -30,6 +30,12 @@ bench: $(VENV)/.ready ## stock SGLang and ours on the same workloads: table, JSO
 
 bench-tree: $(VENV)/.ready ## our radix tree beside SGLang's two; ARGS="flags"
 	@$(RUN) bench/tree.py $(ARGS)
+
+bench-context: $(VENV)/.ready ## a context four times the device pool, streamed and not; ARGS="flags"
+	@$(RUN) -m bench.context $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
+
+bench-split: $(VENV)/.ready ## streams beside long prompts, on one worker and split; ARGS="flags"
+	@$(RUN) -m bench.split $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
 
 bench-transfer: $(VENV)/.ready ## how fast pages move between device pool and host memory; ARGS="flags"
 	@$(RUN) bench/transfer.py $(ARGS)

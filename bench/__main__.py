@@ -43,7 +43,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--pool-tokens", type=int, default=4096, help="tokens of the device pool (4096)")
     add("--host-gb", type=float, default=2.0, help="GiB of host memory for pages (2)")
     add("--dtype", default="bfloat16", help="of weights and KV (bfloat16)")
-    add("--attention-backend", help="on all servers (default: smg_cpu on a CPU)")
+    add("--attention-backend", help="on all servers (default: smg on a CPU)")
     add("--hicache", action="store_true", help="SGLang's own HiCache as a third server")
     add("--server-args", default="", help="more flags for all servers, as one string")
     add("--out", type=Path, default=OUT, help="folder for JSON, PNG and logs (bench/out)")

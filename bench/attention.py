@@ -138,10 +138,10 @@ def run_case(case: Case, dtype: torch.dtype, scattered: bool, rounds: int) -> di
     stock, ours = TorchNativeAttnBackend(world.runner), CpuAttentionBackend(world.runner)
     torch.testing.assert_close(world.forward(ours), world.forward(stock), atol=3e-2, rtol=3e-2)
     times = measure(
-        {"torch_native": lambda: world.forward(stock), "smg_cpu": lambda: world.forward(ours)},
+        {"torch_native": lambda: world.forward(stock), "smg": lambda: world.forward(ours)},
         rounds,
     )
-    ratio = times["torch_native"][1] / times["smg_cpu"][1]
+    ratio = times["torch_native"][1] / times["smg"][1]
     return {**asdict(case), "scattered": scattered, "ms": times, "times_faster": ratio}
 
 
@@ -149,7 +149,7 @@ def show(console: Console, title: str, results: list[dict]) -> None:
     table = Table(title=title)
     for heading in ("case", "batch", "cached", "new", "slots", "layers"):
         table.add_column(heading)
-    for heading in ("torch_native ms", "smg_cpu ms", "times faster"):
+    for heading in ("torch_native ms", "smg ms", "times faster"):
         table.add_column(heading, justify="right")
     for result in results:
         spread = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -91,6 +91,7 @@ class SmgConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefill_devices: str | None = None
     decode_devices: str | None = None
     split_tokens: int = DEFAULT_SPLIT_TOKENS["cpu"]
+    stream_context: bool = False
     allow_untested_sglang: bool = False
 
     @property
@@ -123,6 +124,7 @@ def make_config(
     prefill_devices: str | None = None,
     decode_devices: str | None = None,
     split_tokens: int | None = None,
+    stream_context: bool = False,
     allow_untested_sglang: bool = False,
     device: str = "cpu",
 ) -> SmgConfig:
@@ -168,6 +170,7 @@ def make_config(
     prefill_workers, decode_workers = check_split(
         prefill_workers, decode_workers, split, write_policy
     )
+    check_stream_context(stream_context, prefill_workers + decode_workers, device)
     return SmgConfig(
         host_gb=host_gb,
         write_policy=WritePolicy(write_policy),
@@ -180,8 +183,22 @@ def make_config(
         prefill_devices=prefill_devices,
         decode_devices=decode_devices,
         split_tokens=split_tokens or DEFAULT_SPLIT_TOKENS.get(device, DEFAULT_SPLIT_TOKENS["cuda"]),
+        stream_context=stream_context,
         allow_untested_sglang=allow_untested_sglang,
     )
+
+
+def check_stream_context(wanted: bool, split_workers: int, device: str) -> None:
+    """Refuse `--smg-stream-context` where it does not work yet."""
+    if wanted and device != "cpu":
+        raise ConfigError(
+            f"--smg-stream-context works on a CPU only yet, not on {device}; leave it out."
+        )
+    if wanted and split_workers:
+        raise ConfigError(
+            "--smg-stream-context cannot be combined with --smg-prefill-workers and "
+            "--smg-decode-workers yet; drop one of the two."
+        )
 
 
 def check_split(
@@ -258,6 +275,10 @@ def check_host_gb(host_gb: float | None, device: str) -> float:
     return host_gb
 
 
+def _read_bool(text: str) -> bool:
+    return text.lower() in ("1", "true")
+
+
 def config_from_env() -> dict[str, Any] | None:
     """`make_config` arguments from SMG_* variables, for programs that build SGLang's Engine.
 
@@ -265,7 +286,7 @@ def config_from_env() -> dict[str, Any] | None:
     """
     if os.environ.get("SMG_ENABLE", "0").lower() not in ("1", "true"):
         return None
-    readers = {
+    readers: dict[str, Callable[[str], Any]] = {
         "host_gb": float,
         "write_policy": str,
         "eviction_policy": str,
@@ -277,6 +298,7 @@ def config_from_env() -> dict[str, Any] | None:
         "prefill_devices": str,
         "decode_devices": str,
         "split_tokens": int,
+        "stream_context": _read_bool,
     }
     names = {"memory_address": "SMG_MEMORY"}
     found: dict[str, Any] = {}

@@ -69,4 +69,4 @@ def attention_backend(asked: str | None) -> str:
 
     if asked is not None:
         return asked
-    return "" if accelerator_available() else "smg_cpu"
+    return "" if accelerator_available() else "smg"

@@ -1,7 +1,9 @@
 """Attention of a batch of requests over a paged pool, on the CPU.
 
 A pool is [slots, kv_heads, dim]; a request is a row of pool slots, in the order of its tokens, of
-which the last few are queried. Planned once a forward pass, run once a layer.
+which the last few are queried. What comes before may lie in host memory: one query reads it in
+place, several read it segment by segment, merged as the segments come. Planned once a forward pass,
+run once a layer.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import numpy.typing as npt
 import torch
 
 from smg_sglang.attention import cpu, decode
+from smg_sglang.attention.host import HostReader, HostRun
+from smg_sglang.attention.partial import PartialState, merge
 
 
 class KV(NamedTuple):
@@ -37,20 +41,22 @@ class Rule:
 class Request:
     """One request: rows [begin, end) of the queries are its last positions.
 
-    slots: integer tensor [length]. first: its first slot where they are consecutive, else None.
-    mask: the causal mask, built by the first layer for the others.
+    slots: integer tensor [length], those of its tokens that are in the pool; the queried ones are
+    among them. host: what comes before, in host memory. first: its first slot where they are
+    consecutive, else None. mask: the causal mask, built by the first layer for the others.
     """
 
     begin: int
     end: int
     slots: torch.Tensor
+    host: Sequence[HostRun] = ()
     first: int | None = None
     mask: torch.Tensor | None = None
 
     @property
     def all_new(self) -> bool:
         """Whether no position was computed before."""
-        return self.end - self.begin == len(self.slots)
+        return self.end - self.begin == len(self.slots) and not self.host
 
     def rows_of(self, pool: torch.Tensor) -> torch.Tensor:
         """Its rows of a pool: a view where they are consecutive, else a copy."""
@@ -65,28 +71,46 @@ class BatchPlan:
 
     single: the requests with one query, which are answered together; `decode` plans them, in this
     order, and single_rows holds their query rows, None where those are all rows in order.
-    longer: the others that have any query.
+    longer: the others that have any query. host: reads what lies in host memory, where any does.
     """
 
     single: list[Request]
     longer: list[Request]
     single_rows: torch.Tensor | None
     decode: decode.DecodePlan
+    host: HostReader | None = None
 
 
-def plan_batch(slots: Sequence[torch.Tensor], new: Sequence[int]) -> BatchPlan:
-    """Plan for requests whose tokens are in these slots, the last `new` of each queried."""
+def plan_batch(
+    slots: Sequence[torch.Tensor],
+    new: Sequence[int],
+    host: Sequence[Sequence[HostRun]] | None = None,
+    reader: HostReader | None = None,
+) -> BatchPlan:
+    """Plan for requests whose tokens are in these slots, the last `new` of each queried.
+
+    host: for each request what comes before its slots, in host memory; `reader` gets at it.
+    """
     ends = np.cumsum(np.asarray(new, dtype=np.int64)).tolist()
+    host = host or [()] * len(slots)
     requests = [
-        Request(end - count, end, row) for row, count, end in zip(slots, new, ends, strict=True)
+        Request(end - count, end, row, before)
+        for row, count, end, before in zip(slots, new, ends, host, strict=True)
     ]
     single = [request for request in requests if request.end - request.begin == 1]
     longer = [request for request in requests if request.end - request.begin > 1]
     for request in longer:
         request.first = _first_of_run(request.slots.numpy())
+    if reader is not None:
+        reader.begin()
     rows = torch.tensor([request.begin for request in single], dtype=torch.int64)
-    plan = decode.plan_decode([request.slots.numpy() for request in single])
-    return BatchPlan(single, longer, rows if longer else None, plan)
+    plan = decode.plan_pieces([_pieces(request, reader) for request in single])
+    return BatchPlan(single, longer, rows if longer else None, plan, reader)
+
+
+def _pieces(request: Request, reader: HostReader | None) -> list[decode.Piece]:
+    on_device = [decode.in_pool(request.slots.numpy())]
+    return on_device + reader.pieces(request.host) if reader and request.host else on_device
 
 
 def _first_of_run(slots: npt.NDArray[np.integer]) -> int | None:
@@ -95,16 +119,23 @@ def _first_of_run(slots: npt.NDArray[np.integer]) -> int | None:
     return None
 
 
-def attend_pool(q: torch.Tensor, pool: KV, plan: BatchPlan, rule: Rule, out: torch.Tensor) -> None:
+def attend_pool(  # noqa: PLR0917  # called once a layer, by one caller
+    q: torch.Tensor, pool: KV, plan: BatchPlan, rule: Rule, out: torch.Tensor, layer: int = 0
+) -> None:
     """Fill out [N, q_heads, v_dim] with the attention of q [N, q_heads, dim] over the pool.
 
     The pool already holds the new tokens. Its dtype may differ from the queries': what is read is
-    converted then.
+    converted then. Layers are numbered as in the pages of host memory.
     """
-    if plan.single:
-        _attend_single(q, pool, plan, rule, out)
-    for request in plan.longer:
-        _attend_one(request, q, _read(request, pool, q.dtype), rule, out)
+    in_place = decode.supports(q, pool.k, pool.v)
+    if plan.host is not None:
+        streamed = plan.longer if in_place else plan.single + plan.longer
+        plan.host.stream([request.host for request in streamed if request.host])
+        plan.host.start_layer(layer)
+    if in_place and plan.single:
+        _attend_single(q, pool, plan, rule, out, layer)
+    for request in plan.longer if in_place else plan.single + plan.longer:
+        _attend_one(request, q, _read(request, pool, q.dtype), rule, out, plan.host)
 
 
 def attend_new(q: torch.Tensor, new: KV, plan: BatchPlan, rule: Rule, out: torch.Tensor) -> None:
@@ -114,7 +145,14 @@ def attend_new(q: torch.Tensor, new: KV, plan: BatchPlan, rule: Rule, out: torch
         _attend_one(request, q, KV(new.k[mine], new.v[mine]), rule, out)
 
 
-def _attend_one(request: Request, q: torch.Tensor, kv: KV, rule: Rule, out: torch.Tensor) -> None:
+def _attend_one(  # noqa: PLR0917
+    request: Request,
+    q: torch.Tensor,
+    kv: KV,
+    rule: Rule,
+    out: torch.Tensor,
+    host: HostReader | None = None,
+) -> None:
     mine = slice(request.begin, request.end)
     new, keys = request.end - request.begin, kv.k.shape[0]
     if rule.causal and request.mask is None and 1 < new < keys and new <= cpu.MASKED_QUERIES:
@@ -128,20 +166,46 @@ def _attend_one(request: Request, q: torch.Tensor, kv: KV, rule: Rule, out: torc
         logit_cap=rule.logit_cap,
         mask=request.mask,
     )
+    if request.host:
+        assert host is not None
+        state = _attend_host(request.host, q[mine], kv.v.shape[2], rule, state, host)
     out[mine] = state.out
 
 
-def _attend_single(
-    q: torch.Tensor, pool: KV, plan: BatchPlan, rule: Rule, out: torch.Tensor
+def _attend_host(  # noqa: PLR0917
+    runs: Sequence[HostRun],
+    q: torch.Tensor,
+    v_dim: int,
+    rule: Rule,
+    state: PartialState,
+    host: HostReader,
+) -> PartialState:
+    """Merge the state over the device's keys with those over each host segment, as it lands."""
+    # In float32, or each merge would round.
+    state = PartialState(state.out.float(), state.lse)
+    for parts in host.segments(runs):
+        k = parts[0].to(q.dtype)
+        # MLA has one part: its values are the front of its keys.
+        v = parts[1].to(q.dtype) if len(parts) > 1 else k[..., :v_dim]
+        before = cpu.attend(q, k, v, scale=rule.scale, causal=False, logit_cap=rule.logit_cap)
+        state = merge(state, before)
+    return state
+
+
+def _attend_single(  # noqa: PLR0917
+    q: torch.Tensor, pool: KV, plan: BatchPlan, rule: Rule, out: torch.Tensor, layer: int
 ) -> None:
     """Requests with one query: it sees every key, so causal or not is the same."""
-    if not decode.supports(q, pool.k, pool.v):
-        for request in plan.single:
-            _attend_one(request, q, _read(request, pool, q.dtype), rule, out)
-        return
     rows = slice(len(plan.single)) if plan.single_rows is None else plan.single_rows
+    memories = plan.host.memories(layer) if plan.host is not None else ()
     state = decode.attend_slots(
-        q[rows], pool.k, pool.v, plan.decode, scale=rule.scale, logit_cap=rule.logit_cap
+        q[rows],
+        pool.k,
+        pool.v,
+        plan.decode,
+        scale=rule.scale,
+        logit_cap=rule.logit_cap,
+        memories=memories,
     )
     out[rows] = state.out.to(out.dtype)
 

@@ -1,9 +1,10 @@
-"""One query a request over keys that lie anywhere in a paged pool, on the CPU: one call a layer.
+"""One query a request over keys that lie anywhere in memory, on the CPU: one call a layer.
 
-The kernel reads K and V where they are: nothing is gathered first. Its units of work are (request,
-256 keys, KV head), so that one long request, and a batch of short ones, keep all cores busy
-(split-KV as in FlashDecoding); the query heads of a KV head are done together, so that each row is
-read once. Compiled by numba, which SGLang depends on; the result is cached on disk.
+The kernel reads K and V where they are, in the slots of a pool and in pages of host memory alike:
+nothing is gathered first. Its units of work are (request, 256 keys, KV head), so that one long
+request, and a batch of short ones, keep all cores busy (split-KV as in FlashDecoding); the query
+heads of a KV head are done together, so that each row is read once. Compiled by numba, which SGLang
+depends on; the result is cached on disk.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import config, get_num_threads, njit, prange, set_num_threads, types
+from numba import carray, config, get_num_threads, njit, prange, set_num_threads, types
 from numba.extending import intrinsic, overload
 
 from smg_sglang.attention.partial import PartialState
@@ -25,35 +26,69 @@ CHUNK = 256
 MAX_GROUP = 16
 
 _DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.uint16}
+_ELEMENTS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 
 # All of fastmath but the promise that there are no infinities: an empty state has lse = -inf.
 _FAST = {"reassoc", "contract", "nsz", "arcp", "afn"}
+
+Ints = npt.NDArray[np.integer[Any]]
+
+
+class Piece(NamedTuple):
+    """Keys of one request that lie in one memory: its pool, or a mapping of host pages.
+
+    memory: 0 is the pool, others are numbered by the caller. pages: int64, the byte offset from
+    which each key's row is counted (zeros in the pool). rows: the key's row from there on.
+    """
+
+    memory: int
+    pages: npt.NDArray[np.int64]
+    rows: Ints
 
 
 class DecodePlan(NamedTuple):
     """Which keys the row of each request attends to, cut into units; made once a forward pass.
 
-    slots: int32, the pool rows of all requests one after another. rows, begins, ends: int64, for
-    each unit its request and its range of `slots`; the units of a request are neighbours.
+    pages int64, rows int32: where the keys of all requests are, as in `Piece`, one after another.
+    requests, begins, ends, memories: int64, for each unit its request, its range of the keys, and
+    the memory that they are in; the units of a request are neighbours.
     """
 
-    slots: npt.NDArray[np.int32]
-    rows: npt.NDArray[np.int64]
+    pages: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int32]
+    requests: npt.NDArray[np.int64]
     begins: npt.NDArray[np.int64]
     ends: npt.NDArray[np.int64]
+    memories: npt.NDArray[np.int64]
 
 
-def plan_decode(slots: Sequence[npt.NDArray[np.integer[Any]]], chunk: int = CHUNK) -> DecodePlan:
+def in_pool(slots: Ints) -> Piece:
+    """Keys in these slots of the pool."""
+    return Piece(0, np.zeros(len(slots), np.int64), slots)
+
+
+def plan_decode(slots: Sequence[Ints], chunk: int = CHUNK) -> DecodePlan:
     """Plan for requests whose keys are in these pool rows, in any order, without duplicates."""
-    lengths = np.array([len(request) for request in slots], dtype=np.int64)
+    return plan_pieces([[in_pool(request)] for request in slots], chunk)
+
+
+def plan_pieces(requests: Sequence[Sequence[Piece]], chunk: int = CHUNK) -> DecodePlan:
+    """Plan for requests whose keys lie in several memories, in any order, without duplicates."""
+    pieces = [piece for request in requests for piece in request]
+    owners = np.repeat(np.arange(len(requests)), [len(request) for request in requests])
+    lengths = np.array([len(piece.rows) for piece in pieces], dtype=np.int64)
     starts = np.cumsum(lengths) - lengths
     counts = -(-lengths // chunk)
-    rows = np.repeat(np.arange(len(lengths)), counts)
-    nth = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    begins = starts[rows] + nth * chunk
-    ends = np.minimum(begins + chunk, (starts + lengths)[rows])
-    flat = np.concatenate(slots) if len(slots) else np.empty(0)
-    return DecodePlan(flat.astype(np.int32, copy=False), rows, begins, ends)
+    of = np.repeat(np.arange(len(pieces)), counts)
+    nth = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begins = starts[of] + nth * chunk
+    ends = np.minimum(begins + chunk, (starts + lengths)[of])
+    memories = np.array([piece.memory for piece in pieces], dtype=np.int64)
+    pages = np.concatenate([piece.pages for piece in pieces]) if pieces else np.empty(0, np.int64)
+    rows = np.concatenate([piece.rows for piece in pieces]) if pieces else np.empty(0)
+    return DecodePlan(
+        pages, rows.astype(np.int32, copy=False), owners[of], begins, ends, memories[of]
+    )
 
 
 def supports(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor) -> bool:
@@ -70,11 +105,14 @@ def attend_slots(
     *,
     scale: float,
     logit_cap: float = 0.0,
+    memories: Sequence[tuple[int, int]] = (),
 ) -> PartialState:
     """Attend row r of q [R, q_heads, dim] to the plan's keys of request r.
 
-    k_pool [slots, kv_heads, dim], v_pool [slots, kv_heads, v_dim]: float32 or bfloat16. The
-    output is float32. Uses as many threads as torch; one thread at a time may call.
+    k_pool [slots, kv_heads, dim], v_pool [slots, kv_heads, v_dim]: float32 or bfloat16. memories:
+    of memory 1 and on the addresses of this layer's K and V in a page at offset 0; their rows are
+    as long as the pool's. The output is float32. Uses as many threads as torch; one thread at a
+    time may call.
     """
     out = torch.empty(q.shape[0], q.shape[1], v_pool.shape[2])
     lse = torch.empty(q.shape[0], q.shape[1])
@@ -82,10 +120,13 @@ def attend_slots(
     threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
     if get_num_threads() != threads:
         set_num_threads(threads)
+    bases = np.array([(k_pool.data_ptr(), v_pool.data_ptr()), *memories], np.int64)
     _attend(
         q.float().contiguous().numpy(),
-        k_pool.view(_DTYPES[k_pool.dtype]).numpy(),
-        v_pool.view(_DTYPES[v_pool.dtype]).numpy(),
+        np.empty(0, _ELEMENTS[k_pool.dtype]),
+        bases,
+        _byte_strides(k_pool),
+        _byte_strides(v_pool),
         *plan,
         np.float32(scale),
         np.float32(logit_cap),
@@ -93,6 +134,14 @@ def attend_slots(
         lse.numpy(),
     )
     return PartialState(out, lse)
+
+
+def _byte_strides(pool: torch.Tensor) -> tuple[int, int, int]:
+    """(bytes from row to row, from head to head, number of heads)."""
+    size = pool.element_size()
+    if pool.stride(2) != 1:
+        raise ValueError(f"the elements of a head must be neighbours, strides are {pool.stride()}")
+    return pool.stride(0) * size, pool.stride(1) * size, pool.shape[1]
 
 
 def warm_up(dtype: torch.dtype) -> None:
@@ -148,19 +197,41 @@ def _exp(x: Any) -> Any:
     return p * _float_of_bits((np.int32(i) + np.int32(127)) << np.int32(23))
 
 
+@intrinsic
+def _pointer(typingctx: Any, address: Any, like: Any) -> Any:
+    """The address as a pointer to elements of the array `like`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.int64, like), generate
+
+
 @njit(fastmath=_FAST, nogil=True, cache=True)
-def _unit(q: Any, k: Any, v: Any, head: int, slots: Any, scale: Any, cap: Any, out: Any) -> Any:  # noqa: PLR0917  # numba
-    """One unit: q [group, dim] over one KV head of `slots`. Fills out [group, v_dim], not
-    normalised; returns (maximum, sum) of each query head."""
-    group, keys = q.shape[0], slots.shape[0]
+def _unit(  # noqa: PLR0917  # numba
+    q: Any,
+    like: Any,
+    k: Any,
+    v: Any,
+    k_row: Any,
+    v_row: Any,
+    pages: Any,
+    rows: Any,
+    scale: Any,
+    cap: Any,
+    out: Any,
+) -> Any:
+    """One unit: q [group, dim] over one KV head of some keys, from addresses `k` and `v` on. Fills
+    out [group, v_dim], not normalised; returns (maximum, sum) of each query head."""
+    group, dim, keys = q.shape[0], q.shape[1], rows.shape[0]
     scores = np.empty((group, keys), np.float32)
     for i in range(keys):
-        # Held in locals: LLVM does not hoist array reads out of the inner loops, four times slower.
-        slot = slots[i]
+        # An array of the row: LLVM does not hoist an address out of the inner loops by itself.
+        key = carray(_pointer(k + pages[i] + rows[i] * k_row, like), dim)
         for g in range(group):
             dot = np.float32(0)
-            for d in range(q.shape[1]):
-                dot += q[g, d] * _as_float(k[slot, head, d])
+            for d in range(dim):
+                dot += q[g, d] * _as_float(key[d])
             scores[g, i] = dot * scale
     if cap > 0:
         scores[:] = np.tanh(scores / cap) * cap
@@ -176,12 +247,13 @@ def _unit(q: Any, k: Any, v: Any, head: int, slots: Any, scale: Any, cap: Any, o
             sum_ += weight
         top[g], total[g] = highest, sum_
     acc = np.zeros(out.shape, np.float32)
+    v_dim = acc.shape[1]
     for i in range(keys):
-        slot = slots[i]
+        value = carray(_pointer(v + pages[i] + rows[i] * v_row, like), v_dim)
         for g in range(group):
             weight = scores[g, i]
-            for d in range(acc.shape[1]):
-                acc[g, d] += weight * _as_float(v[slot, head, d])
+            for d in range(v_dim):
+                acc[g, d] += weight * _as_float(value[d])
     out[:] = acc
     return top, total
 
@@ -211,29 +283,44 @@ def _merge(rows: Any, outs: Any, tops: Any, totals: Any, out: Any, lse: Any) -> 
 @njit(parallel=True, fastmath=_FAST, nogil=True, cache=True)
 def _attend(  # noqa: PLR0917  # numba
     q: Any,
-    k: Any,
-    v: Any,
-    slots: Any,
+    like: Any,
+    bases: Any,
+    k_strides: Any,
+    v_strides: Any,
+    pages: Any,
     rows: Any,
+    requests: Any,
     begins: Any,
     ends: Any,
+    memories: Any,
     scale: Any,
     cap: Any,
     out: Any,
     lse: Any,
 ) -> None:
-    units, kv_heads = rows.shape[0], k.shape[1]
+    (k_row, k_head, kv_heads), (v_row, v_head, _) = k_strides, v_strides
+    units = requests.shape[0]
     group = q.shape[1] // kv_heads
-    outs = np.empty((units, q.shape[1], v.shape[2]), np.float32)
+    outs = np.empty((units, q.shape[1], out.shape[2]), np.float32)
     tops, totals = np.empty(outs.shape[:2], np.float32), np.empty(outs.shape[:2], np.float32)
     # The heads of a unit are neighbours, and numba gives a thread neighbours: it reads whole rows.
     for task in prange(units * kv_heads):
         unit, head = task // kv_heads, task % kv_heads
         mine = slice(head * group, (head + 1) * group)
-        keys = slots[begins[unit] : ends[unit]]
+        keys = slice(begins[unit], ends[unit])
         top, total = _unit(
-            q[rows[unit], mine].copy(), k, v, head, keys, scale, cap, outs[unit, mine]
+            q[requests[unit], mine].copy(),
+            like,
+            bases[memories[unit], 0] + head * k_head,
+            bases[memories[unit], 1] + head * v_head,
+            k_row,
+            v_row,
+            pages[keys],
+            rows[keys],
+            scale,
+            cap,
+            outs[unit, mine],
         )
         tops[unit, mine] = top
         totals[unit, mine] = total
-    _merge(rows, outs, tops, totals, out, lse)
+    _merge(requests, outs, tops, totals, out, lse)

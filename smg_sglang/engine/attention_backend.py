@@ -1,4 +1,4 @@
-"""The name `smg_cpu` for `--attention-backend`; the backend itself is in `cpu_attention`.
+"""The name `smg` for `--attention-backend`; the backend itself is in `cpu_attention`.
 
 Light to import: SGLang calls `register` in each of its processes, and most compute nothing.
 """
@@ -9,7 +9,9 @@ from typing import Any
 
 from smg_sglang.errors import ConfigError
 
-NAME = "smg_cpu"
+NAME = "smg"
+#: `smg_cpu` is its former name.
+NAMES = (NAME, "smg_cpu")
 
 
 def register() -> None:
@@ -24,10 +26,11 @@ def register() -> None:
         register_attention_backend,
     )
 
-    if NAME not in choices.ATTENTION_BACKEND_CHOICES:
-        choices.add_attention_backend_choices([NAME])
-    if NAME not in ATTENTION_BACKENDS:
-        register_attention_backend(NAME)(create)
+    for name in NAMES:
+        if name not in choices.ATTENTION_BACKEND_CHOICES:
+            choices.add_attention_backend_choices([name])
+        if name not in ATTENTION_BACKENDS:
+            register_attention_backend(name)(create)
 
 
 def create(model_runner: Any) -> Any:
@@ -37,8 +40,8 @@ def create(model_runner: Any) -> Any:
     """
     if model_runner.device != "cpu":
         raise ConfigError(
-            f"--attention-backend {NAME} is for the CPU, but the device is {model_runner.device}: "
-            "leave the flag out, or give --device cpu"
+            f"--attention-backend {NAME} works on a CPU only yet, but the device is "
+            f"{model_runner.device}: leave the flag out, or give --device cpu"
         )
     from smg_sglang.engine.cpu_attention import CpuAttentionBackend
 

@@ -7,6 +7,7 @@ when pages are spilled and how a hit below the device is found.
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from smg_sglang.config import WritePolicy
 from smg_sglang.engine.linker import SmgLinker
+from smg_sglang.engine.streams import Stream, Streams, activate
 from smg_sglang.tree.page_keys import KEY_BYTES, keys_from_hex
 
 if TYPE_CHECKING:
@@ -148,7 +150,10 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
 
 
 class SmgRadixCache(UnifiedRadixCache):
-    """The device level. `host_tier` is what `/server_info` and weight updates reach for."""
+    """The device level. `host_tier` is what `/server_info` and weight updates reach for; `streams`
+    are the requests whose context is larger than the device, where that is switched on."""
+
+    streams: Streams | None = None
 
     @property
     def host_tier(self) -> HostTier | None:
@@ -157,16 +162,60 @@ class SmgRadixCache(UnifiedRadixCache):
     def init_cache_linker(self, cache_linker: UnifiedCacheLinker) -> None:
         assert isinstance(cache_linker, SmgLinker)
         self.linker = SmgLinkerWrapper(self, cache_linker)
+        if cache_linker.tier.config.stream_context:
+            self.streams = Streams(self, cache_linker.tier)
+            activate(self.streams)
 
     def on_release(self, req: Any, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
         if isinstance(self.linker, SmgLinkerWrapper):
             self.linker.release_finished(req.rid)
+        if self.streams is not None:
+            self.streams.close(req)
 
     def before_retraction(self, req: Any) -> None:
         """The request is about to lose its slots, and will resume."""
-        if isinstance(self.linker, SmgLinkerWrapper) and req.kv.holds_kv and not req.finished():
+        if not isinstance(self.linker, SmgLinkerWrapper) or not req.kv.holds_kv or req.finished():
+            return
+        if (stream := self._stream(req)) is not None:
+            stream.table.leave_tail(stream, self.page_size)
+        else:
             self.linker.spill_retracted(req)
+
+    # ---- contexts larger than the device ----
+
+    def _stream(self, req: Any) -> Stream | None:
+        return self.streams.get(req) if self.streams is not None else None
+
+    def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
+        stream = self._stream(req)
+        if stream is None:
+            super().checkpoint(req, up_to=up_to, **kwargs)
+        elif stream.failure is None:
+            stream.table.checkpoint(stream, up_to)
+
+    def prefix_device_indices(self, req: Any) -> torch.Tensor:
+        if (stream := self._stream(req)) is not None:
+            return stream.table.prefix_slots(req)
+        slots: torch.Tensor = super().prefix_device_indices(req)
+        return slots
+
+    def finish_external_linker_loads(self, reqs: list[Any]) -> list[Any]:
+        """SGLang drops the output of what this returns, with the reason, and releases it."""
+        failed: list[Any] = super().finish_external_linker_loads(reqs)
+        if self.streams is None or not len(self.streams):
+            return failed
+        return failed + [req for req in reqs if self._has_failed(req)]
+
+    def _has_failed(self, req: Any) -> bool:
+        from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+        stream = self._stream(req)
+        if stream is None or stream.failure is None:
+            return False
+        req.skip_radix_cache_insert = True
+        req.discard_output_reason = FINISH_ABORT(stream.failure, HTTPStatus.SERVICE_UNAVAILABLE)
+        return True
 
     def _evict_device_leaf(self, node_id: int, tracker: Any) -> Any:
         tier = self.host_tier

@@ -20,6 +20,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from smg_sglang.attention import decode
 from smg_sglang.attention.batch import KV, BatchPlan, Rule, attend_new, attend_pool, plan_batch
+from smg_sglang.engine.streams import active
 from smg_sglang.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         super().init_forward_metadata(forward_batch)
         mode = forward_batch.forward_mode
         if mode.is_target_verify() or mode.is_draft_extend_v2():
-            raise ConfigError("--attention-backend smg_cpu has no speculative decoding")
+            raise ConfigError("--attention-backend smg has no speculative decoding")
         self.plan = None if mode.is_idle() else self._plan(forward_batch)
 
     def _plan(self, forward_batch: ForwardBatch) -> BatchPlan:
@@ -51,8 +52,18 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
             new = forward_batch.extend_seq_lens.tolist()
         rows = forward_batch.req_pool_indices.tolist()
         table = self.req_to_token_pool.req_to_token
-        slots = [table[row, :length] for row, length in zip(rows, lengths, strict=True)]
-        return plan_batch(slots, new)
+        streams = active()
+        if streams is None:
+            slots = [table[row, :length] for row, length in zip(rows, lengths, strict=True)]
+            return plan_batch(slots, new)
+        by_row = streams.by_row()
+        hosts = [by_row[row].runs if row in by_row else [] for row in rows]
+        begins = [sum(run.tokens for run in runs) for runs in hosts]
+        slots = [
+            table[row, begin:length]
+            for row, begin, length in zip(rows, begins, lengths, strict=True)
+        ]
+        return plan_batch(slots, new, hosts, streams.reader)
 
     def forward_extend(  # noqa: PLR0917  # SGLang's signature
         self,
@@ -108,7 +119,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         if k is not None and v is not None and _is_all(k, stored.k, self.plan):
             attend_new(q, KV(k, v), self.plan, rule, out)
         else:
-            attend_pool(q, stored, self.plan, rule, out)
+            attend_pool(q, stored, self.plan, rule, out, layer.layer_id)
         return out.view(q.shape[0], -1)
 
 
@@ -138,5 +149,5 @@ def _refuse_unknown(layer: RadixAttention, kwargs: dict[str, Any]) -> None:
     if asked:
         raise ConfigError(
             f"layer {layer.layer_id} asks attention for {', '.join(asked)}, which the CPU backends "
-            "smg_cpu and torch_native do not have: this model needs a GPU"
+            "smg and torch_native do not have: this model needs a GPU"
         )

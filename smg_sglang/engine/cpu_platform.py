@@ -44,7 +44,7 @@ class SmgCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """Ours where the plugin has registered it, else torch's own."""
         from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
 
-        return "smg_cpu" if "smg_cpu" in ATTENTION_BACKEND_CHOICES else "torch_native"
+        return "smg" if "smg" in ATTENTION_BACKEND_CHOICES else "torch_native"
 
     def get_compile_backend(self, mode: str | None = None) -> str:
         """No code generation: it needs a C++ compiler and pauses the first request for seconds."""

@@ -17,6 +17,7 @@ from smg_sglang.config import (
     WritePolicy,
     make_config,
 )
+from smg_sglang.engine import attention_backend
 from smg_sglang.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ _FIELDS = {
     "smg_prefill_devices": "prefill_devices",
     "smg_decode_devices": "decode_devices",
     "smg_split_tokens": "split_tokens",
+    "smg_stream_context": "stream_context",
     "smg_allow_untested_sglang": "allow_untested_sglang",
 }
 
@@ -99,6 +101,12 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         "than that is a miss. (default: 20)",
     )
     _add_split_args(add)
+    add(
+        "--smg-stream-context",
+        action="store_true",
+        help="Let a prompt be longer than the device's KV pool, up to host memory and the model's "
+        "own limit: old pages stay in host memory and are attended from there. (default: off)",
+    )
     add(
         "--smg-allow-untested-sglang",
         action="store_true",
@@ -207,6 +215,8 @@ def configure(server_args: ServerArgs, given: Mapping[str, Any], origin: str) ->
         "linker_module_path": "smg_sglang.engine.linker",
         "linker_extra_config": config.to_builtins(),
     }
+    if config.stream_context:
+        _refuse_beside_streams(server_args)
     setattr(server_args, ATTRIBUTE, {"origin": origin, "config": config.to_builtins()})
     return config
 
@@ -222,6 +232,12 @@ def _leave_room(server_args: ServerArgs, config: SmgConfig) -> None:
 def is_enabled(server_args: Any) -> bool:
     """Whether this record of arguments asked for the host tier."""
     return getattr(server_args, ATTRIBUTE, None) is not None
+
+
+def chosen(server_args: Any) -> dict[str, Any]:
+    """The configuration this record of arguments carries; empty without the host tier."""
+    config: dict[str, Any] = (getattr(server_args, ATTRIBUTE, None) or {}).get("config", {})
+    return config
 
 
 def _device_kind(server_args: ServerArgs) -> str:
@@ -283,6 +299,23 @@ def _refuse_beside_split(args: ServerArgs) -> None:
             raise ConfigError(
                 f"--smg-prefill-workers and --smg-decode-workers cannot be combined with {flag}; "
                 "drop one of the two."
+            )
+
+
+def _refuse_beside_streams(args: ServerArgs) -> None:
+    """Refuse what cannot be combined with contexts that are streamed from host memory."""
+    attention = args.attention_backend
+    conflicts = [
+        (args.tp_size > 1, "--tp-size above 1"),
+        (attention not in (None, *attention_backend.NAMES), f"--attention-backend {attention}"),
+        (args.chunked_prefill_size == -1, "--chunked-prefill-size -1"),
+        (args.allow_auto_truncate, "--allow-auto-truncate"),
+        (args.dllm_algorithm is not None, "--dllm-algorithm"),
+    ]
+    for found, flag in conflicts:
+        if found:
+            raise ConfigError(
+                f"--smg-stream-context cannot be combined with {flag}; drop one of the two."
             )
 
 

@@ -22,6 +22,7 @@ import torch
 
 from smg_sglang.config import MAX_WAITING_SHARE, SmgConfig
 from smg_sglang.engine.found import MAX_HELD, FoundLeases
+from smg_sglang.engine.host_pages import HostPages
 from smg_sglang.errors import MemoryUnavailable
 from smg_sglang.memory.arena import Arena, ArenaMappings
 from smg_sglang.memory.client import Lease, MemoryConnection, Reservation
@@ -96,10 +97,21 @@ class HostTier:
         self._private = False
         self._flush_owed = False
         self._arena: Arena | None = None
+        self._host_pages = 0
         self._found: FoundLeases[Lease] = FoundLeases(
             self._release, MAX_HELD if self._one_rank else 1 << 30
         )
+        self._retired: list[_Links] = []
         self._mover = make_mover(pool, order_after=forward_streams)
+        self.layout, self.device, self.before_copy = pool.layout, pool.device, before_copy
+        self.pages = HostPages(
+            self._connection,
+            self._release_held,
+            self._mover,
+            timeout_s=self._timeout_s,
+            copied=self._count_spill,
+            before_copy=before_copy,
+        )
         self._loads = LayerLoads(self._mover, before_copy)
         self._queued: dict[str, Lease] = {}
         self._started: dict[int, list[Lease]] = {}
@@ -353,7 +365,9 @@ class HostTier:
             self._flush_owed = True
             self._connection()
         namespace = msgspec.structs.replace(self._links.namespace, model=uuid.uuid4().hex)
-        self._links.close()
+        # What requests still read of the former weights stays theirs until they end.
+        self._retired.append(self._links)
+        self._close_retired()
         self._links = _Links(self._address, namespace, self._mappings)
         self._private = True
         self._flush_owed = False
@@ -367,12 +381,35 @@ class HostTier:
             self.finish_loads(index)
         self._spills.drain()
 
+    def _release_held(self, lease: Lease) -> None:
+        """A page that a request attended in host memory: its lease may be a former connection's."""
+        for links in (self._links, *self._retired):
+            connection = links.lookups.connection()
+            if connection is not None:
+                connection.release(lease)
+
+    def _close_retired(self) -> None:
+        if not self.pages.num_held:
+            while self._retired:
+                self._retired.pop().close()
+
+    def host_tokens(self) -> int:
+        """Tokens that host memory can hold of this worker's model, if it held nothing else."""
+        connection = self._connection()
+        if connection is not None:
+            self._close_retired()
+            geometry, arena = connection.geometry, connection.arena
+            self._host_pages = arena.nbytes // geometry.slab_bytes * geometry.pages_per_slab
+        return self._host_pages * self._page_size
+
     def close(self) -> None:
         """End all threads and connections."""
         self._found.clear()
         self._loads.close()
         self._spills.close()
         self._links.close()
+        while self._retired:
+            self._retired.pop().close()
         self._mover.close()
 
     # ---- to be seen ----

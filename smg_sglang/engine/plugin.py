@@ -63,6 +63,7 @@ def _register_worker_hooks(hook: Callable[..., None], kind: Any) -> None:
     )
     hook(f"{parts}.output_sender.SenderWrapper.send_output", _around_send_output, kind.AROUND)
     hook("managers.schedule_batch.release_req", _before_release_req, kind.BEFORE)
+    _register_stream_hooks(hook, kind)
     # Updates by tensor, by broadcast and over RDMA run between begin and end.
     for update in (
         "begin_weight_update",
@@ -75,6 +76,35 @@ def _register_worker_hooks(hook: Callable[..., None], kind: Any) -> None:
             _before_weight_update,
             kind.BEFORE,
         )
+
+
+def _register_stream_hooks(hook: Callable[..., None], kind: Any) -> None:
+    """Contexts larger than the device: the places where SGLang asks what fits."""
+    from smg_sglang.engine import stream_scheduling as streams
+
+    adder = "managers.schedule_policy.PrefillAdder"
+    hook(f"{adder}.add_one_req", streams.around_add_one_req, kind.AROUND)
+    hook(f"{adder}.add_chunked_req", streams.around_add_chunked_req, kind.AROUND)
+    hook(
+        f"{adder}._get_running_request_total_token_offset",
+        streams.around_running_offset,
+        kind.AROUND,
+    )
+    hook(
+        "managers.schedule_batch.ScheduleBatch.check_decode_mem",
+        streams.before_check_decode_mem,
+        kind.BEFORE,
+    )
+    hook(
+        "managers.scheduler.Scheduler.init_req_max_new_tokens",
+        streams.around_init_max_new_tokens,
+        kind.AROUND,
+    )
+    hook(
+        "managers.tp_worker.TpModelWorker.get_worker_info",
+        streams.after_get_worker_info,
+        kind.AFTER,
+    )
 
 
 def _register_attention() -> None:
@@ -132,7 +162,9 @@ def _around_send_output(original: Callable[..., Any], *args: Any, **kwargs: Any)
 def _after_internal_state(result: Any, component: Any, *args: Any) -> None:
     tier = getattr(component.scheduler.tree_cache, "host_tier", None)
     if tier is not None:
-        result.internal_state["smg"] = tier.state() | phase_worker.state()
+        streams = component.scheduler.tree_cache.streams
+        state = tier.state() | phase_worker.state()
+        result.internal_state["smg"] = state | {"streams": len(streams or ())}
 
 
 def _before_weight_update(component: Any, *args: Any, **kwargs: Any) -> None:

@@ -82,7 +82,7 @@ def test_a_pool_that_is_a_slice_of_rows_is_read_as_it_lies():
 @pytest.mark.parametrize("length", [0, 1, 255, 256, 257, 512, 1000])
 def test_the_units_of_a_request_cover_its_keys_once(length):
     plan = decode.plan_decode([np.arange(3), np.arange(length), np.arange(5)])
-    mine = plan.rows == 1
+    mine = plan.requests == 1
     covered = np.concatenate([np.arange(b, e) for b, e in zip(plan.begins, plan.ends, strict=True)])
     assert covered.tolist() == list(range(3 + length + 5))
     assert (plan.ends - plan.begins <= decode.CHUNK).all()

@@ -52,10 +52,21 @@ PROMPTS = [
 ]
 NEW_TOKENS = 12
 
+#: (prompt, tokens to generate), all larger than the pool: four times, just, with a shared prefix,
+#: with a long answer.
+LONG = [
+    (token_ids(400, 8100), NEW_TOKENS),
+    (token_ids(401, 5000), NEW_TOKENS),
+    (token_ids(400, 6000) + token_ids(402, 901), NEW_TOKENS),
+    (token_ids(403, POOL_TOKENS), NEW_TOKENS),
+    (token_ids(404, 3000), 400),
+]
+
 
 @pytest.fixture(scope="session")
-def reference(tiny_model) -> list[list[int]]:
-    """What stock SGLang answers to PROMPTS, with its own attention and a pool that holds all."""
+def stock_answers(tiny_model) -> tuple[list[list[int]], list[list[int]]]:
+    """What stock SGLang answers to PROMPTS and to LONG, with its own attention and a pool that
+    holds all."""
     args = (
         "--dtype",
         "float32",
@@ -65,7 +76,20 @@ def reference(tiny_model) -> list[list[int]]:
         "torch_native",
     )
     with running_server(tiny_model, (*args, "--log-level", "warning")) as server:
-        return [server.generate(prompt, NEW_TOKENS)["output_ids"] for prompt in PROMPTS]
+        short = [server.generate(prompt, NEW_TOKENS)["output_ids"] for prompt in PROMPTS]
+        return short, [server.generate(prompt, new)["output_ids"] for prompt, new in LONG]
+
+
+@pytest.fixture(scope="session")
+def reference(stock_answers) -> list[list[int]]:
+    """Stock SGLang's answers to PROMPTS."""
+    return stock_answers[0]
+
+
+@pytest.fixture(scope="session")
+def long_reference(stock_answers) -> list[list[int]]:
+    """Stock SGLang's answers to LONG."""
+    return stock_answers[1]
 
 
 @pytest.fixture(scope="module")

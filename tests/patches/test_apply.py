@@ -33,6 +33,12 @@ PATCH_OF = {
     "managers.schedule_batch.release_req": "0006",
     "managers.data_parallel_controller.DataParallelController": "0007",
     "managers.scheduler_components.output_sender.SenderWrapper.send_output": "0008",
+    "managers.tp_worker.TpModelWorker.get_worker_info": "0009",
+    "managers.scheduler.Scheduler.init_req_max_new_tokens": "0009",
+    "managers.schedule_policy.PrefillAdder.add_one_req": "0010",
+    "managers.schedule_policy.PrefillAdder.add_chunked_req": "0010",
+    "managers.schedule_policy.PrefillAdder._get_running_request_total_token_offset": "0010",
+    "managers.schedule_batch.ScheduleBatch.check_decode_mem": "0010",
     # Needs none: SGLang calls `checkpoint` of the cache with each request it has prefilled.
     "managers.schedule_batch.ScheduleBatch.prepare_for_extend": None,
 }

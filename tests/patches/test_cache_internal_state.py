@@ -24,17 +24,20 @@ def shown(source, monkeypatch, tree_cache, change_class=lambda cls: None):
     return controller(scheduler, record_step_time=False).get_internal_state(None).internal_state
 
 
-@pytest.mark.parametrize("tier", [TIER, None])
-def test_hook_and_patch_show_the_same(hooks, stock, patched, monkeypatch, tier):
+@pytest.mark.parametrize(("tier", "streams"), [(TIER, ["one"]), (TIER, None), (None, None)])
+def test_hook_and_patch_show_the_same(sglangs, monkeypatch, tier, streams):
+    hooks, stock, patched = sglangs
     ours = SimpleNamespace()
     if tier is not None:
         ours.host_tier = SimpleNamespace(state=lambda: tier)
+        ours.streams = streams
     hooked = shown(
         stock, monkeypatch, ours, lambda cls: hooks.apply(TARGET, cls, "get_internal_state")
     )
     base = patched.module("sglang.srt.mem_cache.base_prefix_cache").BasePrefixCache
     theirs = SimpleNamespace(internal_state=lambda: base.internal_state(None))
     if tier is not None:
-        theirs.internal_state = lambda: {"smg": tier}
+        state = {"smg": tier | {"streams": 1 if streams else 0}}
+        theirs.internal_state = lambda: state
     assert hooked == shown(patched, monkeypatch, theirs)
-    assert hooked == {"model_path": "m"} | ({"smg": tier} if tier else {})
+    assert hooked == {"model_path": "m"} | (state if tier else {})

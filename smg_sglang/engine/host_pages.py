@@ -1,0 +1,166 @@
+"""Pages that stay in host memory while a request uses them: found or written, then held.
+
+A held page keeps its bytes until it is released, whatever becomes of the memory server: a lease
+keeps it while the server lives, the mapping afterwards. What the server cannot take (it is away,
+or full of what others hold) goes into memory of our own, which nobody else finds.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from smg_sglang.attention.host import HostRun
+from smg_sglang.box import box_memory
+from smg_sglang.errors import MemoryUnavailable
+from smg_sglang.memory.client import Lease, MemoryConnection, Reservation
+from smg_sglang.transfer.mover import BeforeCopy, Mover
+from smg_sglang.tree.page_keys import KEY_BYTES
+
+logger = logging.getLogger(__name__)
+
+#: Bytes of the box's memory that pages of our own leave free.
+SPARE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Consecutive pages of a path, held; `lease` is None for memory of our own."""
+
+    run: HostRun
+    lease: Lease | None
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.run.offsets)
+
+
+class Observer(Protocol):
+    """What is told of each copy: pages and seconds."""
+
+    def __call__(self, pages: int, seconds: float) -> None: ...
+
+
+class HostPages:
+    """Scheduler thread only. No call waits longer than the lookup timeout, beside the copy."""
+
+    def __init__(
+        self,
+        connection: Callable[[], MemoryConnection | None],
+        release: Callable[[Lease], None],
+        mover: Mover,
+        *,
+        timeout_s: float,
+        copied: Observer,
+        before_copy: BeforeCopy | None = None,
+    ) -> None:
+        """connection: the scheduler's, or None while the server is away."""
+        self._connection = connection
+        self._release = release
+        self._mover = mover
+        self._page_size = mover.layout.page_size
+        self._timeout_s = timeout_s
+        self._copied = copied
+        self._before_copy = before_copy
+        self.num_held = 0
+        """Runs that are held."""
+
+    def find(self, path: bytes) -> list[Held]:
+        """Hold what host memory has of `path`, from its first page on; [] for a miss."""
+        return self._leased(path, 0)
+
+    def keep(self, path: bytes, first: int, slots: torch.Tensor) -> list[Held]:
+        """Copy pages `path[first:]` to host memory and hold them; the bytes are there on return.
+
+        Args:
+            first: pages of the path that the caller holds already.
+            slots: int64 [pages * page_size] device slots of those from `first` on.
+
+        Raises:
+            MemoryUnavailable: neither the server nor the box has memory for them; nothing is held.
+        """
+        held: list[Held] = []
+        try:
+            self._publish(path, first, slots)
+            held = self._leased(path, first)
+        except MemoryUnavailable as error:
+            logger.warning("smg: pages of a long context stay with this worker: %s", error)
+        done = sum(part.num_pages for part in held)
+        try:
+            rest = slots[done * self._page_size :]
+            return [*held, self._own(rest)] if rest.numel() else held
+        except MemoryUnavailable:
+            self.release(held)
+            raise
+
+    def release(self, held: list[Held]) -> None:
+        """End the holds; the list is empty afterwards."""
+        for part in held:
+            if part.lease is not None:
+                self._release(part.lease)
+        self.num_held -= len(held)
+        held.clear()
+
+    def _leased(self, path: bytes, first: int) -> list[Held]:
+        connection = self._connection()
+        if connection is None or len(path) <= first * KEY_BYTES:
+            return []
+        lease = connection.lookup(path, first, self._timeout_s)
+        if lease is None:
+            return []
+        return [self._held(lease.arena.buffer, lease.offsets, lease)]
+
+    def _publish(self, path: bytes, first: int, slots: torch.Tensor) -> None:
+        connection = self._connection()
+        if connection is None:
+            raise MemoryUnavailable("the memory server is away")
+        reservation = connection.reserve(path, self._timeout_s)
+        if reservation.have < first:
+            # Another server's memory: what comes before is in the former one's.
+            connection.abandon(reservation)
+            raise MemoryUnavailable("the memory server was restarted")
+        begin = (reservation.have - first) * self._page_size
+        mine = slots[begin : begin + len(reservation.pages) * self._page_size]
+        if mine.numel():
+            self._write(connection, reservation, mine)
+
+    def _write(
+        self, connection: MemoryConnection, reservation: Reservation, slots: torch.Tensor
+    ) -> None:
+        try:
+            self._copy(slots, reservation.arena.buffer, reservation.offsets)
+        except BaseException:
+            connection.abandon(reservation)
+            raise
+        connection.publish(reservation)
+
+    def _own(self, slots: torch.Tensor) -> Held:
+        pages = slots.numel() // self._page_size
+        size = pages * self._mover.layout.page_bytes
+        if box_memory().available < size + SPARE_BYTES:
+            raise MemoryUnavailable(
+                f"host memory has no room for {pages * self._page_size} tokens "
+                f"({size / 2**20:.0f} MiB) more of a long context"
+            )
+        arena = np.empty(size, np.uint8)
+        offsets = np.arange(pages, dtype=np.int64) * self._mover.layout.page_bytes
+        self._copy(slots, arena, offsets)
+        return self._held(arena, offsets, None)
+
+    def _copy(self, slots: torch.Tensor, arena: np.ndarray, offsets: np.ndarray) -> None:
+        if self._before_copy is not None:
+            self._before_copy()
+        began = time.perf_counter()
+        move = self._mover.prepare(slots, arena, offsets)
+        self._mover.spill(move, after=self._mover.fence())
+        self._copied(move.num_pages, time.perf_counter() - began)
+
+    def _held(self, arena: np.ndarray, offsets: np.ndarray, lease: Lease | None) -> Held:
+        self.num_held += 1
+        return Held(HostRun(arena, np.asarray(offsets), self._page_size), lease)
