@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -147,6 +148,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
+    # The servers are stopped on the way out, so a signal has to be a way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     console = Console(width=None if sys.stdout.isatty() else 120)
     results: dict[str, Any] = {
         "machine": machine.describe(),

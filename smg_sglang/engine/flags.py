@@ -309,6 +309,8 @@ def _refuse_beside_streams(args: ServerArgs) -> None:
         (args.tp_size > 1, "--tp-size above 1"),
         (attention not in (None, *attention_backend.NAMES), f"--attention-backend {attention}"),
         (args.chunked_prefill_size == -1, "--chunked-prefill-size -1"),
+        (args.allow_auto_truncate, "--allow-auto-truncate"),
+        (args.dllm_algorithm is not None, "--dllm-algorithm"),
     ]
     for found, flag in conflicts:
         if found:

@@ -1,8 +1,8 @@
 """How SGLang's scheduler admits streamed requests: the places where it asks a prefill adder, a
 batch or itself what fits, which know nothing of a context larger than the device.
 
-All are hooks around SGLang's functions (`patches/sglang-0.5.23/0009`), and do nothing for requests
-that are not streams.
+All are hooks around SGLang's functions (`patches/sglang-0.5.23/0009` and `0010`), and do nothing
+for requests that are not streams.
 """
 
 from __future__ import annotations
@@ -35,20 +35,28 @@ def after_get_worker_info(result: Any, worker: Any) -> Any:
 
 def around_init_max_new_tokens(original: Original, scheduler: Any, req: Any) -> None:
     """Clip what a stream may generate to host memory, and refuse what cannot run anywhere."""
-    streams = streams_of(scheduler.tree_cache)
-    asked = req.sampling_params.max_new_tokens
+    streams, sampling = streams_of(scheduler.tree_cache), req.sampling_params
+    asked, least = sampling.max_new_tokens, sampling.min_new_tokens
     original(scheduler, req)
-    if streams is None:
+    longest = scheduler.max_req_len - len(req.origin_input_ids) - 1
+    if streams is None or longest < 1:
         return
-    length = len(req.origin_input_ids)
-    longest = scheduler.max_req_len - length - 1
-    new = max(0, min(asked if asked is not None else 1 << 30, longest))
-    if not streams.limits.needs_stream(length, new) or longest < 1:
-        return
+    caps = [1 << 30 if asked is None else asked, longest]
+    if (cap := scheduler.max_new_tokens_limit) is not None and cap > 0:
+        caps.append(cap)
+    new = max_new_tokens(streams, req, max(0, min(caps)), sampling.max_new_tokens)
+    sampling.max_new_tokens, sampling.min_new_tokens = new, min(least, new)
+
+
+def max_new_tokens(streams: Streams, req: Any, new: int, on_device: int) -> int:
+    """What a request may generate of the `new` tokens it asks for, where the device alone has room
+    for `on_device`; one that cannot run anywhere is marked as aborted, with the numbers."""
+    if not streams.limits.needs_stream(len(req.origin_input_ids), new):
+        return on_device
     if (reason := why_not(req, streams)) is not None:
         req.set_finish_with_abort(reason)
-        return
-    req.sampling_params.max_new_tokens = min(new, streams.new_tokens_limit(req))
+        return on_device
+    return min(new, streams.new_tokens_limit(req))
 
 
 def why_not(req: Any, streams: Streams) -> str | None:
@@ -77,19 +85,20 @@ def why_not(req: Any, streams: Streams) -> str | None:
 
 def around_add_one_req(original: Original, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     """Admit a stream for a chunk of its prompt."""
-    streams = streams_of(adder.tree_cache)
-    if streams is None or not streams.needs(req):
+    streams, full = streams_of(adder.tree_cache), adder.prefill_max_requests
+    if streams is None or (full is not None and len(adder.can_run_list) >= full):
         return original(adder, req, *args, **kwargs)
     has_chunked_req = kwargs.get("has_chunked_req", args[0] if args else False)
-    return _admit(streams, adder, req, has_chunked_req)
+    verdict = admit(streams, adder, req, has_chunked_req)
+    return original(adder, req, *args, **kwargs) if verdict is None else verdict
 
 
-def _admit(streams: Streams, adder: Any, req: Any, has_chunked_req: bool) -> Any:
+def admit(streams: Streams, adder: Any, req: Any, has_chunked_req: bool) -> Any:
+    """SGLang's verdict on a request that runs as a stream; None for one that does not."""
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    full = adder.prefill_max_requests
-    if full is not None and len(adder.can_run_list) >= full:
-        return AddReqResult.OTHER
+    if not streams.needs(req):
+        return None
     if has_chunked_req or adder.new_chunked_req is not None:
         # SGLang computes one prompt in chunks at a time.
         return AddReqResult.OTHER
@@ -138,34 +147,48 @@ def _commit(streams: Streams, adder: Any, req: Any, chunk: int) -> None:
 def around_add_chunked_req(original: Original, adder: Any, req: Any) -> Any:
     """The next chunk of a stream: as large as there is room, or none in this step."""
     streams = streams_of(adder.tree_cache)
-    if streams is None or streams.get(req) is None:
+    limit = chunk_limit(streams, adder, req) if streams is not None else None
+    if limit is None:
         return original(adder, req)
-    room = _room(streams, adder)
-    if room < streams.limits.page:
-        adder.rem_chunk_tokens = 0
-        return req
-    adder.chunked_req_limit = min(adder.chunked_req_limit or room, room)
-    rest = original(adder, req)
+    rest = req
+    if limit > 0:
+        adder.chunked_req_limit = min(adder.chunked_req_limit or limit, limit)
+        rest = original(adder, req)
     if rest is not None:
+        # A chunk below the budget: no other prompt may begin chunks beside it.
         adder.rem_chunk_tokens = 0
     return rest
 
 
+def chunk_limit(streams: Streams, adder: Any, req: Any) -> int | None:
+    """Tokens that the next chunk of a stream may have, 0 to wait for room; None without one."""
+    if streams.get(req) is None:
+        return None
+    room = _room(streams, adder)
+    return room if room >= streams.limits.page else 0
+
+
 def around_running_offset(original: Original, adder: Any, req: Any) -> Any:
     """What a running request may still take of the device: a stream a tail at most."""
-    streams = streams_of(adder.tree_cache)
-    offset = original(adder, req)
-    if streams is None or streams.get(req) is None:
-        return offset
-    return min(offset, streams.limits.tail)
+    streams, tokens = streams_of(adder.tree_cache), original(adder, req)
+    return tokens if streams is None else device_tokens(streams, req, tokens)
+
+
+def device_tokens(streams: Streams, req: Any, tokens: float) -> float:
+    """How many of the `tokens` to come of a running request may be on the device at once."""
+    return tokens if streams.get(req) is None else min(tokens, streams.limits.tail)
 
 
 def before_check_decode_mem(batch: Any, *args: Any, **kwargs: Any) -> None:
-    """Before the next tokens get slots: streams move what they gathered to host memory, and all
-    that they have where slots are short."""
+    """Before the next tokens of a batch get slots."""
     streams = streams_of(batch.tree_cache)
-    if streams is None or not len(streams):
-        return
+    if streams is not None and len(streams):
+        make_decode_room(streams, batch)
+
+
+def make_decode_room(streams: Streams, batch: Any) -> None:
+    """Streams move what they gathered to host memory, and all that they have where slots are
+    short."""
     allocator, page = batch.token_to_kv_pool_allocator, streams.limits.page
     free = allocator.available_size() + batch.tree_cache.evictable_size()
     short = free < page * len(batch.reqs)

@@ -61,7 +61,7 @@ def sweep_table(sweep: Sweep, title: str) -> Table:
     """A row for each run; narrow enough for 80 columns."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.add_column("policy")
-    columns = ("host\nGiB", "device", "host", "hits", "of\ninfinite", "optimum", "work\nsaved")
+    columns = ("host\nGiB", "device", "host", "hits", "of in-\nfinite", "optimum", "work\nsaved")
     for column in (*columns, "TTFT\nsaved ms"):
         table.add_column(column, justify="right")
     for run in sweep.runs:
@@ -74,7 +74,7 @@ def sweep_table(sweep: Sweep, title: str) -> Table:
             sweep.bounds.belady[run.host_gb],
             run.saved_flops_share["total"],
         )
-        saved = _per(run.saved_prefill_s["total"], run.requests)
+        saved = f"{1000 * run.saved_prefill_s['total'] / max(run.requests, 1):,.0f}"
         table.add_row(run.policy, f"{run.host_gb:g}", *(f"{x:.1%}" for x in shares), saved)
     return table
 

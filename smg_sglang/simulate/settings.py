@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from smg_sglang.config import DEFAULT_EVICTION, EvictionName, WritePolicy
 from smg_sglang.simulate.model import ModelCost
+from smg_sglang.trace.request import Request
 
 GIB = 1 << 30
 
@@ -51,6 +52,15 @@ class Settings:
     @property
     def host_bytes(self) -> int:
         return int(self.host_gb * GIB)
+
+    def needed_pages(self, request: Request) -> int:
+        """Device pages of all its tokens, its answer's last one included: SGLang's scheduler runs
+        a step ahead of the model."""
+        return -(-(request.input_tokens + max(request.output_tokens, 1)) // self.page_size)
+
+    def fits(self, request: Request) -> bool:
+        """Whether the device's pool can ever hold it."""
+        return self.needed_pages(request) < self.device_pages
 
     def compute_s(self, start: int, end: int) -> float:
         """Seconds to compute tokens start..end of a prompt."""

@@ -25,7 +25,7 @@ _SHARES = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
 
 class Bounds(msgspec.Struct, frozen=True):
-    """Hit shares that no server can exceed.
+    """Hit shares that no server can exceed, over the requests that fit on the device.
 
     Attributes:
         infinite: of a cache that forgets nothing.
@@ -61,10 +61,11 @@ def run_sweep(
     """A run for each policy and size; without host memory, policies do not differ. `sizes`: None
     to have them chosen. `progress` is told which run is at how many requests."""
     progress("bounds", 0)
-    runs = page_runs(requests, settings.page_size)
+    fitting = [request for request in requests if settings.fits(request)]
+    runs = page_runs(fitting, settings.page_size)
     whole_gb = sum(runs.lengths) * settings.page_bytes / GIB
     sizes = sweep_sizes(whole_gb) if sizes is None else sizes
-    tokens = sum(request.input_tokens for request in requests)
+    tokens = max(sum(request.input_tokens for request in fitting), 1)
 
     def share(pages: int) -> float:
         return pages * settings.page_size / tokens

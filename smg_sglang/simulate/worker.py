@@ -48,14 +48,12 @@ class Worker:
 
     def submit(self, request: Request) -> None:
         """A request has arrived. One that can never fit is counted and turned away."""
-        page = self.settings.page_size
-        # One token more than is kept: SGLang's scheduler runs a step ahead of the model.
-        needed = -(-(request.input_tokens + max(request.output_tokens, 1)) // page)
-        if needed + 1 > self.settings.device_pages:
+        if not self.settings.fits(request):
             self.tally.refuse(request)
             self.on_finish()
             return
-        path = request_path(request, page)
+        path = request_path(request, self.settings.page_size)
+        needed = self.settings.needed_pages(request)
         self._waiting.append(Flight(request, path, self._clock.now(), needed))
         self._wake()
 

@@ -105,33 +105,20 @@ class Asked(Streaming):
         return True
 
     def max_new_tokens_for_memory(self, req, max_new_tokens, on_device):
-        length = len(req.origin_input_ids)
-        if not self.streams.limits.needs_stream(length, max_new_tokens):
-            return on_device
-        if (reason := stream_scheduling.why_not(req, self.streams)) is not None:
-            req.set_finish_with_abort(reason)
-            return on_device
-        return min(max_new_tokens, self.streams.new_tokens_limit(req))
+        return stream_scheduling.max_new_tokens(self.streams, req, max_new_tokens, on_device)
 
     def admit_streamed(self, adder, req, has_chunked_req):
-        def not_streamed(adder, req, **kwargs):
-            return None
-
-        around = stream_scheduling.around_add_one_req
-        return around(not_streamed, adder, req, has_chunked_req=has_chunked_req)
+        return stream_scheduling.admit(self.streams, adder, req, has_chunked_req)
 
     def streamed_chunk_limit(self, adder, req):
-        if self.streams.get(req) is None:
-            return None
-        room = stream_scheduling._room(self.streams, adder)
-        return room if room >= PAGE else 0
+        return stream_scheduling.chunk_limit(self.streams, adder, req)
 
     def device_tokens_to_come(self, req, tokens):
-        adder = SimpleNamespace(tree_cache=self)
-        return stream_scheduling.around_running_offset(lambda *_: tokens, adder, req)
+        return stream_scheduling.device_tokens(self.streams, req, tokens)
 
     def make_decode_room(self, batch):
-        stream_scheduling.before_check_decode_mem(batch)
+        if len(self.streams):
+            stream_scheduling.make_decode_room(self.streams, batch)
 
 
 def defaults(patched):

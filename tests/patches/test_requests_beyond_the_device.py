@@ -147,7 +147,6 @@ def test_hook_and_patch_refuse_with_the_same_words(sglangs, monkeypatch, prompt,
     assert reason in hooked[2]
 
 
-@pytest.mark.xfail(strict=True, reason="the hook asks after SGLang has clipped to the device")
 @pytest.mark.parametrize(
     ("least", "cap", "expected"), [(10, None, (50, 10, None)), (0, 20, (20, 0, None))]
 )
