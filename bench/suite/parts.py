@@ -86,7 +86,7 @@ def parts() -> list[Part]:
             ("-m", "bench.context", "--out", "{json}"),
             extract.context,
             full=(("--repeats", "3"), 480),
-            quick=(("--quick", "--tokens", "3968"), 240),
+            quick=(("--quick", "--tokens", "3968"), 300),
         ),
         *small_parts(),
     ]
