@@ -221,3 +221,7 @@ if __name__ == "__main__":
         sys.exit(f"The trace cannot be read: {error}")
     except ServerDied as error:
         sys.exit(f"A server did not start: {error}")
+    except requests.ConnectionError as error:
+        sys.exit(
+            f"No server answers at {error.request.url}: is it running, and is --url its address?"
+        )
