@@ -27,8 +27,10 @@ def plot_sweep(sweep: Sweep, title: str, path: Path) -> None:
     best = [sweep.bounds.belady[size] for size in sizes]
     axes.plot(sizes, best, "k--", label="optimum (Belady, one level)")
     axes.axhline(sweep.bounds.infinite, color="k", linestyle=":", label="infinite cache")
-    smallest = min((size for size in sizes if size), default=1.0)
-    axes.set_xscale("symlog", linthresh=smallest)
+    if sizes[0]:
+        axes.set_xscale("log")
+    else:
+        axes.set_xscale("symlog", linthresh=min((size for size in sizes if size), default=1.0))
     axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)

@@ -44,6 +44,8 @@ def chats(count: int, turns: int, seed: int = 0) -> list[Request]:
 def test_hits_by_tier_agree_with_a_real_server(tiny_model, write_policy, eviction):
     requests = chats(50, 5)
     args = ("--enable-smg", "--smg-host-gb", str(HOST_GB), "--log-level", "warning")
+    # On a busy box a lookup may take longer than 20 ms, which is a miss; the simulator knows none.
+    args += ("--smg-lookup-timeout-ms", "5000")
     policy = ("--smg-write-policy", write_policy, "--smg-eviction-policy", eviction)
     found = {"device": 0, "host": 0}
     with running_server(tiny_model, (*BASE, *args, *policy)) as server:
