@@ -5,9 +5,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 MODEL ?=
+TRACE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-split test-gpu bench bench-tree bench-context bench-split bench-transfer bench-gpu lint model clean distclean
+.PHONY: help serve test test-split test-gpu bench bench-all bench-programs bench-replay bench-split
+.PHONY: bench-context bench-tree bench-transfer bench-gpu readme lint model clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -27,6 +29,18 @@ test-gpu: $(VENV)/.ready ## only what needs a CUDA device; ARGS="pytest flags"
 
 bench: $(VENV)/.ready ## stock SGLang and ours on the same workloads: table, JSON, PNG; ARGS="flags"
 	@$(RUN) -m bench $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
+
+bench-all: $(VENV)/.ready ## every benchmark, recorded in bench/results; ARGS=--quick for under 20 minutes
+	@$(RUN) -m bench.suite $(ARGS)
+
+readme: $(VENV)/.ready ## writes the README's measured table from bench/results
+	@$(RUN) -m bench.suite.readme $(ARGS)
+
+bench-programs: $(VENV)/.ready ## SGLang frontend programs on stock and ours, outputs compared; ARGS="flags"
+	@$(RUN) -m bench.programs $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
+
+bench-replay: $(VENV)/.ready ## TRACE=file on stock and ours, or on ARGS="--url URL ..."
+	@$(RUN) -m bench.replay $(if $(TRACE),"$(TRACE)") $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
 
 bench-tree: $(VENV)/.ready ## our radix tree beside SGLang's two; ARGS="flags"
 	@$(RUN) bench/tree.py $(ARGS)

@@ -1,8 +1,9 @@
 """What the memory server costs: books alone, and whole round trips to a server process.
 
-    python bench/memory.py [--quick]
+    python bench/memory.py [--quick] [--out FILE]
 
-Prints a table and writes bench/out/memory.json. Times are microseconds unless said otherwise.
+Prints a table and writes JSON, by default bench/out/memory.json. Times are microseconds
+unless said otherwise.
 """
 
 import argparse
@@ -135,7 +136,10 @@ def main() -> None:
     """Run all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repeats and sizes")
-    quick = parser.parse_args().quick
+    default = Path(__file__).parent / "out" / "memory.json"
+    parser.add_argument("--out", type=Path, default=default, help="JSON (bench/out/memory.json)")
+    options = parser.parse_args()
+    quick, out = options.quick, options.out
     repeats = 200 if quick else 2000
     rows = bench_match(repeats)
     sizes = [10_000, 100_000] if quick else [10_000, 100_000, 1_000_000]
@@ -148,8 +152,7 @@ def main() -> None:
     finally:
         server.stop()
     print_table(rows)
-    out = Path(__file__).parent / "out" / "memory.json"
-    out.parent.mkdir(exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "kernel": platform.release()}
     out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
     print(f"\n{out}")

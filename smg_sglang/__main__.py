@@ -1,8 +1,11 @@
-"""`python -m smg_sglang memory ...`: see smg_sglang/memory/cli.py."""
+"""`python -m smg_sglang COMMAND ...`; each command has its own --help."""
 
 import sys
 
-USAGE = "usage: python -m smg_sglang memory [--host-gb GIB] [--address DIR] (see memory --help)"
+USAGE = """usage: python -m smg_sglang COMMAND ... (COMMAND --help tells more)
+  memory    a memory server of its own, shared by several SGLang servers
+  simulate  what the server would do with a trace, without a model
+  doctor    what this machine offers, and what is wrong with it"""
 
 
 def main(arguments: list[str]) -> int:
@@ -12,6 +15,14 @@ def main(arguments: list[str]) -> int:
             from smg_sglang.memory.cli import main as memory
 
             return memory(rest)
+        case ["simulate", *rest]:
+            from smg_sglang.simulate.cli import main as simulate
+
+            return simulate(rest)
+        case ["doctor", *rest]:
+            from smg_sglang.doctor.cli import main as doctor
+
+            return doctor(rest)
         case ["-h" | "--help"]:
             print(USAGE)
             return 0

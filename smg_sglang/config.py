@@ -36,17 +36,54 @@ class WritePolicy(StrEnum):
     SELECTIVE = "selective"
     WRITE_BACK = "write_back"
 
+    @property
+    def uses_before_spill(self) -> int:
+        """How many requests insert a prefix before it is copied; out of reach for write-back,
+        which copies on eviction."""
+        return _USES_BEFORE_SPILL[self]
+
+
+_USES_BEFORE_SPILL = {
+    WritePolicy.WRITE_THROUGH: 1,
+    WritePolicy.SELECTIVE: 2,
+    WritePolicy.WRITE_BACK: 1 << 30,
+}
+
+
+class EvictionName(StrEnum):
+    """Which host pages go first when memory is full (`smg_sglang/tree/eviction.py`).
+
+    lru: least recently used. lfu: least often used. fifo: oldest. slru: not used again since they
+    came, then least recently used. cost: cheapest to compute again for their age.
+    """
+
+    LRU = "lru"
+    LFU = "lfu"
+    FIFO = "fifo"
+    SLRU = "slru"
+    COST = "cost"
+
+
+#: The best on the traces in `docs/simulator.md`, which has the table.
+DEFAULT_EVICTION = EvictionName.COST
+
+#: Device pages that may wait for their copy to host memory, as a share of the device pool. Their
+#: slots are locked until then; beyond it, prefixes stay on the device only.
+MAX_WAITING_SHARE = 0.5
+
 
 class SmgConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The validated choice of an operator. Times in milliseconds, sizes in GiB.
 
-    `host_gb` is None when the memory server is somebody else's (`memory_address`).
+    `host_gb` and `eviction_policy` are None when the memory server is somebody else's
+    (`memory_address`).
     `decode_workers` is 0 where one worker does both phases.
     """
 
     host_gb: float | None = None
     write_policy: WritePolicy = WritePolicy.WRITE_THROUGH
     memory_address: str | None = None
+    eviction_policy: EvictionName | None = None
     page_size: int = 16
     lookup_timeout_ms: float = 20.0
     prefill_workers: int = 0
@@ -79,6 +116,7 @@ def make_config(
     host_gb: float | None = None,
     write_policy: str = WritePolicy.WRITE_THROUGH,
     memory_address: str | None = None,
+    eviction_policy: str | None = None,
     page_size: int = 16,
     lookup_timeout_ms: float = 20.0,
     prefill_workers: int | None = None,
@@ -115,9 +153,15 @@ def make_config(
                 "--smg-host-gb sizes a memory server of this server's own; leave it out with "
                 "--smg-memory, and give --host-gb to `python -m smg_sglang memory` instead."
             )
+        if eviction_policy is not None:
+            raise ConfigError(
+                "--smg-eviction-policy is for a memory server of this server's own; leave it out "
+                "with --smg-memory, and give --eviction-policy to `python -m smg_sglang memory`."
+            )
         memory_address = check_address(memory_address)
     else:
         host_gb = check_host_gb(host_gb, device)
+        eviction_policy = check_eviction(eviction_policy or DEFAULT_EVICTION)
     split = {
         "prefill_devices": prefill_devices,
         "decode_devices": decode_devices,
@@ -131,6 +175,7 @@ def make_config(
         host_gb=host_gb,
         write_policy=WritePolicy(write_policy),
         memory_address=memory_address,
+        eviction_policy=EvictionName(eviction_policy) if eviction_policy else None,
         page_size=page_size,
         lookup_timeout_ms=lookup_timeout_ms,
         prefill_workers=prefill_workers,
@@ -184,6 +229,15 @@ def check_split(
     return prefill, decode
 
 
+def check_eviction(name: str) -> EvictionName:
+    """The policy of that name."""
+    if name not in list(EvictionName):
+        raise ConfigError(
+            f"--smg-eviction-policy must be one of {', '.join(EvictionName)}, not {name!r}."
+        )
+    return EvictionName(name)
+
+
 def check_address(address: str) -> str:
     """The directory of a memory server's sockets, given as `ipc://DIR` or `DIR`."""
     directory = address.removeprefix("ipc://")
@@ -235,6 +289,7 @@ def config_from_env() -> dict[str, Any] | None:
     readers: dict[str, Callable[[str], Any]] = {
         "host_gb": float,
         "write_policy": str,
+        "eviction_policy": str,
         "memory_address": str,
         "page_size": int,
         "lookup_timeout_ms": float,

@@ -62,14 +62,16 @@ class Client:
     def _now(self) -> float:
         return time.perf_counter() - self._began
 
-    async def ask(self, prompt: Sequence[int], answer_tokens: int, conversation: int = 0) -> Answer:
-        """Greedy, of exactly `answer_tokens`.
+    async def ask(
+        self, prompt: Sequence[int] | str, answer_tokens: int, conversation: int = 0
+    ) -> Answer:
+        """Greedy, of exactly `answer_tokens`. The prompt is token ids or a text.
 
         Raises:
             aiohttp.ClientResponseError, RuntimeError: the server did not answer as asked.
         """
         body = {
-            "input_ids": list(prompt),
+            **({"text": prompt} if isinstance(prompt, str) else {"input_ids": list(prompt)}),
             "sampling_params": {
                 "max_new_tokens": answer_tokens,
                 "temperature": 0,
@@ -98,6 +100,7 @@ def _note(answer: Answer, event: dict[str, Any], now: float) -> None:
     before = answer.token_s[-1] if answer.token_s else now
     answer.token_s += [before + (now - before) * (i + 1) / new for i in range(new)]
     answer.output_ids = event["output_ids"]
+    answer.prompt_tokens = meta.get("prompt_tokens", answer.prompt_tokens)
     details = meta.get("cached_tokens_details")
     answer.cached = details or {"device": meta["cached_tokens"]}
 

@@ -14,6 +14,9 @@ import psutil
 
 PACKAGES = ("sglang", "torch", "numba", "numpy", "smg_sglang")
 
+#: The commit, and "-dirty" where tracked files are not as they are in it.
+COMMIT = ("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+
 
 def describe() -> dict[str, Any]:
     """Machine, versions, date and load, for the JSON."""
@@ -26,7 +29,7 @@ def describe() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
-        "commit": _first_line("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
+        "commit": _first_line("git", "-C", str(Path(__file__).parent), *COMMIT),
         "load_average": os.getloadavg(),
     }
 

@@ -196,9 +196,12 @@ def make_phases(options: Namespace) -> list[Phase]:
     phases: list[Phase] = [
         Prefix(max(2, repeats // 2), options.pool_tokens),
         TakingTurns(repeats),
-        OneAfterTheOther(workloads.chats(working_set=working_set)),
         OneAfterTheOther(
-            workloads.documents(working_set=working_set, questions=3 if options.quick else 6)
+            # Fewer and longer turns when it has to be quick; the chats are as long.
+            workloads.chats(working_set=working_set, added_tokens=132 if options.quick else 24)
+        ),
+        OneAfterTheOther(
+            workloads.documents(working_set=working_set, questions=2 if options.quick else 6)
         ),
     ]
     only = options.only

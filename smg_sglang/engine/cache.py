@@ -30,15 +30,6 @@ if TYPE_CHECKING:
     from smg_sglang.engine.host_tier import HostTier
 
 
-#: How often a node is inserted before the tree core asks for its spill. For write-back never: there
-#: `SmgRadixCache` spills on eviction. (The core's own write-back mode needs HiCache's host pool.)
-_HITS_BEFORE_SPILL = {
-    WritePolicy.WRITE_THROUGH: 1,
-    WritePolicy.SELECTIVE: 2,
-    WritePolicy.WRITE_BACK: 1 << 30,
-}
-
-
 class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
     """Finds tails in the host level and spills nodes there, always by their path from the root."""
 
@@ -48,7 +39,10 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
     def __init__(self, cache: UnifiedRadixCache, cache_linker: SmgLinker) -> None:
         super().__init__(cache, cache_linker)
         self.tier: HostTier = cache_linker.tier
-        cache.write_through_threshold = _HITS_BEFORE_SPILL[self.tier.config.write_policy]
+        # How often a node is inserted before the tree core asks for its spill. For write-back it
+        # never does: there `SmgRadixCache` spills on eviction. (The core's own write-back mode
+        # needs HiCache's host pool.)
+        cache.write_through_threshold = self.tier.config.write_policy.uses_before_spill
 
     # ---- match: what lies below the device ----
 

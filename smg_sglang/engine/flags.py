@@ -9,7 +9,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from smg_sglang import TESTED_SGLANG
-from smg_sglang.config import DEFAULT_SPLIT_TOKENS, SmgConfig, WritePolicy, make_config
+from smg_sglang.config import (
+    DEFAULT_EVICTION,
+    DEFAULT_SPLIT_TOKENS,
+    EvictionName,
+    SmgConfig,
+    WritePolicy,
+    make_config,
+)
 from smg_sglang.engine import attention_backend
 from smg_sglang.errors import ConfigError
 
@@ -30,6 +37,7 @@ _FIELDS = {
     "smg_host_gb": "host_gb",
     "smg_write_policy": "write_policy",
     "smg_memory": "memory_address",
+    "smg_eviction_policy": "eviction_policy",
     "smg_page_size": "page_size",
     "smg_lookup_timeout_ms": "lookup_timeout_ms",
     "smg_prefill_workers": "prefill_workers",
@@ -63,6 +71,13 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         choices=[policy.value for policy in WritePolicy],
         help="When a prefix is copied to host memory: as soon as it is computed, on its second "
         "use, or when the device evicts it. (default: write_through)",
+    )
+    add(
+        "--smg-eviction-policy",
+        choices=[policy.value for policy in EvictionName],
+        help="Which host pages go first when memory is full: the least recently used, the least "
+        "often used, the oldest, those not used again, or the cheapest to compute again for their "
+        f"age. (default: {DEFAULT_EVICTION})",
     )
     add(
         "--smg-memory",

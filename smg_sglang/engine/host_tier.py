@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import torch
 
-from smg_sglang.config import SmgConfig
+from smg_sglang.config import MAX_WAITING_SHARE, SmgConfig
 from smg_sglang.engine.found import MAX_HELD, FoundLeases
 from smg_sglang.engine.host_pages import HostPages
 from smg_sglang.errors import MemoryUnavailable
@@ -40,9 +40,6 @@ logger = logging.getLogger(__name__)
 
 #: Waits of the spill thread and of /flush_cache, where no request is waiting.
 BACKGROUND_TIMEOUT_S = 2.0
-#: Device pages that may wait for their copy to host memory, as a share of the device pool. Their
-#: slots are locked until then; beyond it, prefixes stay on the device only.
-MAX_WAITING_SHARE = 0.5
 
 
 @dataclass(frozen=True)

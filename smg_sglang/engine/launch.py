@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from smg_sglang.box import GIB
-from smg_sglang.config import SmgConfig
+from smg_sglang.config import DEFAULT_EVICTION, SmgConfig
 from smg_sglang.engine.flags import ATTRIBUTE, refuse, refuse_model
 from smg_sglang.errors import ConfigError
 
@@ -70,13 +70,18 @@ def start_memory(server_args: Any) -> None:
 
     assert config.host_gb is not None
     with _one_sentence(choice["origin"]):
-        process = MemoryProcess.start(host_bytes=int(config.host_gb * GIB))
+        process = MemoryProcess.start(
+            host_bytes=int(config.host_gb * GIB),
+            eviction=config.eviction_policy or DEFAULT_EVICTION,
+        )
     _running.append(process)
     choice["address"] = process.address
     logger.info(
-        "smg: %.2f GiB of host memory for KV pages, write policy %s, memory server at %s",
+        "smg: %.2f GiB of host memory for KV pages, write policy %s, eviction policy %s, "
+        "memory server at %s",
         config.host_gb,
         config.write_policy,
+        config.eviction_policy,
         process.address,
     )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from smg_sglang.config import DEFAULT_EVICTION, EvictionName
 from smg_sglang.errors import SmgError
 from smg_sglang.memory.arena import PageGeometry
 from smg_sglang.memory.namespace import Namespace
@@ -15,7 +16,7 @@ from smg_sglang.memory.space import Space
 from smg_sglang.memory.stats import Counters, Stats
 from smg_sglang.tree.node import Node
 from smg_sglang.tree.page_keys import KEY_BYTES
-from smg_sglang.tree.radix_tree import Match, RadixTree
+from smg_sglang.tree.radix_tree import RadixTree
 
 _MAX_PAGES_LOG2 = 28  # one byte of books each
 
@@ -68,11 +69,13 @@ class Books:
         slab_bytes: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         may_grow: Callable[[int], bool] = grow_freely,
+        eviction: EvictionName = DEFAULT_EVICTION,
     ) -> None:
         """`may_grow`: see `SlabPool`."""
         self._pool = SlabPool(arena_bytes, slab_bytes, may_grow)
         self._arena_bytes = arena_bytes
         self._clock = clock
+        self._eviction = eviction
         self._allocators: dict[int, PageAllocator] = {}  # by page_bytes
         self._spaces: dict[Namespace, Space] = {}
         self._connections: dict[bytes, _Connection] = {}
@@ -93,7 +96,8 @@ class Books:
         allocator = self._allocator_for(namespace.page_bytes)
         space = self._spaces.get(namespace)
         if space is None:
-            space = self._spaces[namespace] = Space(namespace, allocator, self._clock)
+            space = Space(namespace, allocator, self._clock, self._eviction)
+            self._spaces[namespace] = space
         space.connections += 1
         self._connections[name] = _Connection(space)
         return allocator.geometry
@@ -133,11 +137,10 @@ class Books:
         _check_new(connection.leases, lease)
         match = space.tree.match(path)
         space.counters.lookups += 1
-        if match.length:
-            space.tree.touch(match)
+        node = space.tree.touch(match) if match.length else None
         pages = match.pages[start:]
         if len(pages):
-            connection.leases[lease] = _pin(space, match)
+            connection.leases[lease] = _pin(space, node)
             space.leases += 1
             space.counters.hits += 1
             space.counters.hit_pages += len(pages)
@@ -166,9 +169,8 @@ class Books:
         space = connection.space
         _check_new(connection.reservations, reservation)
         match = space.tree.match(path)
-        if match.length:
-            space.tree.touch(match)
-        parents = _pin(space, match)
+        # Who writes has been counted as a use when it looked for the path.
+        parents = _pin(space, space.tree.renew(match) if match.length else None)
         wanted = len(path) // KEY_BYTES - match.length
         pages = make_room(space, wanted, list(self._spaces.values()), self._pool)
         space.counters.reservations += 1
@@ -288,8 +290,7 @@ class Books:
                 assert pins == sum(pin.node is not None for pin in held), "a pin leaked"
 
 
-def _pin(space: Space, match: Match) -> _Pin:
-    node = match.node if match.length else None
+def _pin(space: Space, node: Node | None) -> _Pin:
     if node is not None:
         space.tree.pin(node)
     return _Pin(space, space.tree, node)

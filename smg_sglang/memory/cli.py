@@ -6,6 +6,7 @@ import math
 import sys
 
 from smg_sglang.box import GIB, box_memory
+from smg_sglang.config import DEFAULT_EVICTION, EvictionName
 from smg_sglang.errors import ConfigError
 from smg_sglang.memory.address import Address
 from smg_sglang.memory.server import run_server
@@ -23,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
             address,
             _host_bytes(options.host_gb),
             pretouch=not options.no_pretouch,
+            eviction=EvictionName(options.eviction_policy),
             parent_fd=options.parent_fd,
         )
     except ConfigError as error:
@@ -55,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
         "--address",
         metavar="DIR",
         help=f"private directory for its sockets, ipc://DIR or DIR (default: {Address.default()})",
+    )
+    parser.add_argument(
+        "--eviction-policy",
+        choices=[policy.value for policy in EvictionName],
+        default=DEFAULT_EVICTION.value,
+        help="which pages go first when memory is full (default: %(default)s)",
     )
     parser.add_argument(
         "--no-pretouch",

@@ -10,6 +10,7 @@ import threading
 import time
 
 from smg_sglang.box import GIB, check_host_bytes
+from smg_sglang.config import DEFAULT_EVICTION, EvictionName
 from smg_sglang.errors import ConfigError
 from smg_sglang.memory.private_dirs import make_private_dir, sweep_private_dirs
 from smg_sglang.memory.server import READY
@@ -28,11 +29,18 @@ class MemoryProcess:
     thread may call; the supervising thread sleeps in wait().
     """
 
-    def __init__(self, host_bytes: int, *, pretouch: bool = True) -> None:
+    def __init__(
+        self,
+        host_bytes: int,
+        *,
+        eviction: EvictionName = DEFAULT_EVICTION,
+        pretouch: bool = True,
+    ) -> None:
         """Use `start`."""
         self.address, self._mark = make_private_dir()
         self.restarts = 0
         self._host_bytes = host_bytes
+        self._eviction = eviction
         self._pretouch = pretouch
         self._stopping = threading.Event()
         self._changing = threading.Lock()  # between a restart and stop
@@ -42,12 +50,17 @@ class MemoryProcess:
 
     @classmethod
     def start(
-        cls, host_bytes: int, *, pretouch: bool = True, timeout_s: float = 30.0
+        cls,
+        host_bytes: int,
+        *,
+        eviction: EvictionName = DEFAULT_EVICTION,
+        pretouch: bool = True,
+        timeout_s: float = 30.0,
     ) -> "MemoryProcess":
         """Start and wait until it accepts connections. Raises ConfigError in one sentence."""
         check_host_bytes(host_bytes)
         sweep_private_dirs()
-        process = cls(host_bytes, pretouch=pretouch)
+        process = cls(host_bytes, eviction=eviction, pretouch=pretouch)
         try:
             process._spawn()
             process._await_ready(timeout_s)
@@ -86,6 +99,7 @@ class MemoryProcess:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "smg_sglang", "memory", "--address", self.address]
         command += ["--host-gb", repr(self._host_bytes / GIB), "--log-level", "warning"]
+        command += ["--eviction-policy", self._eviction]
         command += ["--parent-fd", str(theirs.fileno())]
         command += [] if self._pretouch else ["--no-pretouch"]
         with theirs:

@@ -1,4 +1,4 @@
-"""Whose pages go when memory is full: fair between namespaces, least recently used within."""
+"""Whose pages go when memory is full: fair between namespaces, by the eviction policy within."""
 
 import numpy as np
 

@@ -14,6 +14,7 @@ import msgspec
 import zmq
 
 from smg_sglang.box import GIB, check_host_bytes
+from smg_sglang.config import DEFAULT_EVICTION, EvictionName
 from smg_sglang.errors import ConfigError
 from smg_sglang.memory import protocol
 from smg_sglang.memory.address import Address, peer_uid
@@ -50,6 +51,7 @@ class MemoryServer:
         *,
         slab_bytes: int | None = None,
         pretouch: bool = True,
+        eviction: EvictionName = DEFAULT_EVICTION,
     ) -> None:
         """Raises ConfigError if the size cannot be had or the address is taken."""
         check_host_bytes(host_bytes)
@@ -74,7 +76,7 @@ class MemoryServer:
             self._poller.register(source, zmq.POLLIN)
         self._stops = {self._wake}
         may_grow = Growth(self._arena_fd).may_grow
-        self.books = Books(host_bytes, slab_bytes, may_grow=may_grow)
+        self.books = Books(host_bytes, slab_bytes, may_grow=may_grow, eviction=eviction)
         self._pretouch = Pretouch(self._arena_fd, host_bytes, may_grow) if pretouch else None
         self._desk = Desk(self.books, self.stats)
 
@@ -262,6 +264,7 @@ def run_server(
     host_bytes: int,
     *,
     pretouch: bool = True,
+    eviction: EvictionName = DEFAULT_EVICTION,
     parent_fd: int | None = None,
 ) -> None:
     """Serve in this process until SIGTERM or SIGINT; blocks. Main thread only.
@@ -270,11 +273,16 @@ def run_server(
     until its other end closes (however the parent dies), leave SIGINT to the parent (Ctrl-C
     reaches the whole group) and remove the directory at the end.
     """
-    server = MemoryServer(address, host_bytes, pretouch=pretouch)
+    server = MemoryServer(address, host_bytes, pretouch=pretouch, eviction=eviction)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     if parent_fd is None:
         signal.signal(signal.SIGINT, lambda *_: server.stop())
-        log.info("%.2f GiB of host memory, address %s", host_bytes / GIB, address)
+        log.info(
+            "%.2f GiB of host memory, evicted by %s, address %s",
+            host_bytes / GIB,
+            eviction,
+            address,
+        )
         server.run()
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)

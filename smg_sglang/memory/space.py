@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from smg_sglang.config import EvictionName
 from smg_sglang.memory.namespace import Namespace
 from smg_sglang.memory.slabs import PageAllocator
 from smg_sglang.memory.stats import Counters, NamespaceStats
+from smg_sglang.tree.eviction import make_policy
 from smg_sglang.tree.radix_tree import RadixTree
 
 
@@ -14,11 +16,16 @@ class Space:
     """One namespace's READY pages are in its tree, or in a retired tree (flushed but leased)."""
 
     def __init__(
-        self, namespace: Namespace, pages: PageAllocator, clock: Callable[[], float]
+        self,
+        namespace: Namespace,
+        pages: PageAllocator,
+        clock: Callable[[], float],
+        eviction: EvictionName,
     ) -> None:
         self.namespace = namespace
         self.pages = pages
-        self.tree = RadixTree()
+        self._eviction = eviction
+        self.tree = self._new_tree()
         self.counters = Counters()
         self.num_writing = 0
         self.connections = 0
@@ -27,6 +34,9 @@ class Space:
         self._clock = clock
         self._left_at = clock()
         self._retired: list[RadixTree] = []
+
+    def _new_tree(self) -> RadixTree:
+        return RadixTree(make_policy(self._eviction, self.namespace.page_size))
 
     @property
     def num_ready(self) -> int:
@@ -53,7 +63,7 @@ class Space:
         self._left_at = self._clock()
 
     def evict(self, n: int) -> int:
-        """Free up to `n` pages, least recently used leaves first; pinned ones stay."""
+        """Free up to `n` pages, in the order of the eviction policy; pinned ones stay."""
         freed = self.tree.evict(n)
         self.pages.give(freed)
         self.counters.pages_evicted += len(freed)
@@ -62,7 +72,7 @@ class Space:
     def flush(self) -> None:
         """Start with an empty tree; the old one lives on in what leases and reservations pin."""
         self.counters.flushes += 1
-        old, self.tree = self.tree, RadixTree()
+        old, self.tree = self.tree, self._new_tree()
         self.counters.drop("flushed", old.num_pages)
         self._retired.append(old)
         self.sweep(old)

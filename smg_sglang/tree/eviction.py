@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Any, Protocol
 
+from smg_sglang.config import EvictionName
 from smg_sglang.tree.node import Node
 
 Rank = Any
@@ -15,52 +16,120 @@ _SMALL = 64
 
 
 class EvictionPolicy(Protocol):
-    """Ranks a node by `used_at` and `born_at` (logical clock) and `uses` (count).
+    """Ranks a node by `used_at` and `born_at` (logical clock), `uses` (count), `credit`, and where
+    it lies (`start`, `length`). An object serves one tree.
 
-    A rank must never fall while the node is a leaf: the queue keeps old ranks and looks again
-    only when a node comes up.
+    A rank must never fall while the node is a leaf, but when the node is trimmed: the queue keeps
+    old ranks and looks again only when a node comes up or was trimmed.
     """
 
     def rank(self, node: Node) -> Rank:
         """The node's place in the order; the lowest goes first."""
 
+    def used(self, node: Node) -> None:
+        """`node` has just become the most recent; its `credit` is the policy's to raise."""
 
-class LRU:
+    def evicted(self, node: Node) -> None:
+        """All of `node`, or a tail of it, is about to go."""
+
+
+class _Stateless:
+    """All that the policy needs is in the node anyway."""
+
+    def used(self, node: Node) -> None:
+        """Nothing to note."""
+
+    def evicted(self, node: Node) -> None:
+        """Nothing to note."""
+
+
+class LRU(_Stateless):
     """Least recently used first."""
 
     def rank(self, node: Node) -> Rank:
         return node.used_at
 
 
-class LFU:
+class LFU(_Stateless):
     """Least often used first; among equals, least recently."""
 
     def rank(self, node: Node) -> Rank:
         return node.uses, node.used_at
 
 
-class FIFO:
+class FIFO(_Stateless):
     """Oldest first, however often used."""
 
     def rank(self, node: Node) -> Rank:
         return node.born_at
 
 
-class SLRU:
-    """Segmented LRU: what was used fewer than `protect_at` times goes before what has proved
-    itself, so that a scan of one-off prompts does not empty the tree."""
+class SLRU(_Stateless):
+    """Segmented LRU: what was used fewer than `protect_at` times since it came goes before what
+    has proved itself, so that a scan of one-off prompts does not empty the tree."""
 
-    def __init__(self, protect_at: int = 2):
+    def __init__(self, protect_at: int = 1):
         self.protect_at = protect_at
 
     def rank(self, node: Node) -> Rank:
         return node.uses >= self.protect_at, node.used_at
 
 
+class CostAware(_Stateless):
+    """What is cheap to compute again goes first, after Marconi (MLSys'25), which weighs recency
+    with the FLOPs that a byte of a node saves; combined here as in GreedyDual-Size (Cao and Irani,
+    1997), which needs no tuning and keeps ranks from falling.
+
+    To compute a token costs the same everywhere but for attention, which grows with its depth:
+    `doubling_depth` pages down it costs twice as much. A node ranks by its cost plus the age of
+    the tree at its last use; the age is the rank of whatever went last. So a node whose cost is
+    twice another's may stay unused for twice as long. What was used again after it came counts
+    double.
+    """
+
+    def __init__(self, doubling_depth: float):
+        self.doubling_depth = doubling_depth
+        self._age = 0.0
+
+    def rank(self, node: Node) -> Rank:
+        return self._worth(node), node.used_at
+
+    def used(self, node: Node) -> None:
+        node.credit = self._age
+
+    def evicted(self, node: Node) -> None:
+        self._age = max(self._age, self._worth(node))
+
+    def _worth(self, node: Node) -> float:
+        cost = 1 + (node.start + node.length) / self.doubling_depth
+        return node.credit + (2 * cost if node.uses else cost)
+
+
+#: Tokens from the root at which attention costs as much as everything else of a token:
+#: 2 x parameters / (4 x layers x heads x head_dim). Llama-3.1-8B has 27k, Qwen2.5-7B 33k.
+DOUBLING_TOKENS = 32_768
+
+
+def make_policy(name: EvictionName, page_size: int) -> EvictionPolicy:
+    """A new policy for one tree of pages of `page_size` tokens."""
+    match name:
+        case EvictionName.LRU:
+            return LRU()
+        case EvictionName.LFU:
+            return LFU()
+        case EvictionName.FIFO:
+            return FIFO()
+        case EvictionName.SLRU:
+            return SLRU()
+        case EvictionName.COST:
+            return CostAware(DOUBLING_TOKENS / page_size)
+
+
 class EvictionQueue:
     """A heap of leaves by rank, invalidated lazily: uses, pins and new children leave it alone.
 
-    An entry is put right when it comes up, which works because ranks never fall. Each node has
+    An entry is put right when it comes up, which works because ranks never fall (or `renew_first`
+    is told). Each node has
     at most one entry, so the heap is never larger than the tree and a use costs it nothing;
     whoever makes a node evictable `offer`s it. When a sixteenth of the entries come up stale in
     one search, all are ranked anew at once, which is several times cheaper than one by one.
@@ -102,6 +171,11 @@ class EvictionQueue:
             else:
                 return node
         return None
+
+    def renew_first(self) -> None:
+        """Rank the first node anew, whose rank may have fallen: it was trimmed."""
+        _, offer, node = self._entries[0]
+        heapreplace(self._entries, (self.policy.rank(node), offer, node))
 
     def drop_first(self) -> None:
         """Take the node that `first` gave out of the queue."""

@@ -22,23 +22,29 @@ class Node:
         "attached",
         "born_at",
         "children",
+        "credit",
         "keys",
         "length",
         "pages",
         "parent",
         "pins",
         "queued",
+        "start",
         "used_at",
         "uses",
     )
 
-    def __init__(self, keys: bytes, pages: NDArray[np.int64], parent: Node | None, now: int):
+    def __init__(
+        self, keys: bytes, pages: NDArray[np.int64], parent: Node | None, start: int, now: int
+    ):
         self.keys = keys
         """At least `length` keys: a trimmed tail stays until it is half of them (see `trim`)."""
         self.pages = pages
         """Page numbers, int64[length], read-only: matches hand out views of it."""
         self.length = len(pages)
         self.parent = parent
+        self.start = start
+        """Pages above it."""
         self.children: dict[bytes, Node] = {}
         """By the first key of the child's run."""
         self.pins = 0
@@ -49,6 +55,8 @@ class Node:
         self.born_at = now
         self.used_at = 0
         self.uses = 0
+        self.credit = 0.0
+        """What a policy noted at the last use (`EvictionPolicy.used`); never falls."""
 
     @property
     def evictable(self) -> bool:
@@ -59,6 +67,7 @@ class Node:
         """Take over the uses of a child that leaves."""
         self.uses += child.uses
         self.used_at = max(self.used_at, child.used_at)
+        self.credit = max(self.credit, child.credit)
 
     def trim(self, count: int) -> NDArray[np.int64]:
         """Take `count` < `length` pages off the end. Keys are cut only when half are dead, so

@@ -52,7 +52,7 @@ class RadixTree:
 
     def __init__(self, policy: EvictionPolicy | None = None):
         self._queue = EvictionQueue(policy or LRU())
-        self._root = Node(b"", _NO_PAGES, None, 0)
+        self._root = Node(b"", _NO_PAGES, None, 0, 0)
         self._clock = 0
         self._num_pages = 0
         self._num_pinned = 0
@@ -76,12 +76,30 @@ class RadixTree:
             pages[-1] = pages[-1][:within]
         return Match(_joined(pages), node, length)
 
-    def touch(self, match: Match) -> None:
-        """Count a use of the matched prefix, now. Of no effect if it has left. O(1)."""
-        self._use(match.node)
+    def touch(self, match: Match) -> Node:
+        """Count a use of the matched prefix, now, and return the node that it ends in: the one to
+        pin. Of no effect if the prefix has left.
+
+        A prefix that ends inside a node splits it, because what follows was not used: otherwise a
+        prompt that shares the beginning of a long one would keep all of that. O(nodes above).
+        """
+        node = self.renew(match)
+        node.uses += 1
+        return node
+
+    def renew(self, match: Match) -> Node:
+        """As `touch`, but no use: whoever put pages in comes back to them."""
+        node = match.node
+        while node.parent is not None and node.start >= match.length:
+            node = node.parent
+        if node.attached and 0 < match.length - node.start < node.length:
+            node = self._split(node, match.length - node.start)
+        self._make_recent(node)
+        return node
 
     def insert(self, path: bytes, pages: Pages, start: int = 0) -> Inserted:
-        """Put `pages` (int64[n], copied) under the last n keys of `path`, and count a use.
+        """Put `pages` (int64[n], copied) under the last n keys of `path`, which is recent then,
+        though not used.
 
         `path[:start]` must be here already: KeyError if not. Pages that are here stay, and the
         caller gets its own ones for the same keys back as duplicates; so never insert a page
@@ -92,12 +110,12 @@ class RadixTree:
         if known < start:
             raise KeyError(f"pages for {start} pages onward, but only {known} of those are here")
         taken = max(known - start, 0)
+        if 0 < within < node.length:
+            node = self._split(node, within)
         if taken < len(given):
-            if within < node.length:
-                node = self._split(node, within)
             node = self._grow(node, path[KEY_BYTES * known :], given[taken:])
-        self._use(node)
-        # Only now: offered before its first use, every entry would be stale from the start.
+        self._make_recent(node)
+        # Only now: offered before that, every entry would be stale from the start.
         self._queue.offer(node)
         return Inserted(node, given[:taken])
 
@@ -130,16 +148,39 @@ class RadixTree:
         freed: list[Pages] = []
         missing = n
         while missing > 0 and (leaf := self._queue.first()) is not None:
+            self._queue.policy.evicted(leaf)
             if leaf.length <= missing:
                 freed.append(leaf.pages)
                 missing -= leaf.length
                 self._remove(leaf)
             else:
                 freed.append(leaf.trim(missing))
+                self._queue.renew_first()
                 missing = 0
         gone = _joined(freed)
         self._num_pages -= len(gone)
         return gone
+
+    def first_leaf(self) -> Node | None:
+        """The leaf that would go first; None when all is pinned. O(log nodes), amortised."""
+        return self._queue.first()
+
+    def path_to(self, node: Node) -> bytes:
+        """The path of all pages down to the end of `node`."""
+        above = [n.keys[: KEY_BYTES * n.length] for n in node.ancestry()]
+        return b"".join(reversed(above))
+
+    def evict_leaf(self) -> Pages:
+        """Take out the whole leaf that is first in the policy's order and return its pages, int64:
+        none when all is pinned. This is how SGLang's device level evicts. O(log nodes), amortised.
+        """
+        leaf = self._queue.first()
+        if leaf is None:
+            return _NO_PAGES
+        self._queue.policy.evicted(leaf)
+        self._remove(leaf)
+        self._num_pages -= leaf.length
+        return leaf.pages
 
     def clear(self) -> Pages:
         """Take out everything, pinned or not, and return all pages, int64. Handles go stale."""
@@ -188,14 +229,14 @@ class RadixTree:
                 break
         return node, at // KEY_BYTES, within, passed
 
-    def _use(self, node: Node) -> None:
+    def _make_recent(self, node: Node) -> None:
         self._clock += 1
-        node.uses += 1
         node.used_at = self._clock
+        self._queue.policy.used(node)
 
     def _grow(self, parent: Node, keys: bytes, pages: Pages) -> Node:
         self._clock += 1
-        node = Node(keys, pages, parent, self._clock)
+        node = Node(keys, pages, parent, parent.start + parent.length, self._clock)
         parent.children[node.first_key()] = node
         self._num_pages += len(pages)
         return node
@@ -208,11 +249,12 @@ class RadixTree:
         parent = lower.parent
         assert parent is not None
         cut = KEY_BYTES * at
-        upper = Node(lower.keys[:cut], lower.pages[:at], parent, lower.born_at)
+        upper = Node(lower.keys[:cut], lower.pages[:at], parent, lower.start, lower.born_at)
         parent.children[upper.first_key()] = upper
         lower.keys = lower.keys[cut : KEY_BYTES * lower.length]
         lower.pages = lower.pages[at:]
         lower.length -= at
+        lower.start += at
         lower.parent = upper
         upper.children[lower.first_key()] = lower
         return upper

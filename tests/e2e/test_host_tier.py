@@ -1,10 +1,19 @@
 """A server that remembers more than its device holds: same text, whatever is where."""
 
+import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from bench.replay.asks import Selection, asks, infinite_hits
+from bench.replay.run import replay, warm_up
+from bench.replay.summary import summary
+from bench.replay.synthetic import PAGE, chats
+from bench.replay.words import words_of
+from smg_sglang.simulate.model import model_cost
+from smg_sglang.simulate.run import simulate
+from smg_sglang.simulate.settings import Settings
 from tests.e2e.conftest import (
     NEW_TOKENS,
     POOL_TOKENS,
@@ -144,6 +153,39 @@ def test_sampling_features_work_on_a_host_hit(server, fields):
     result = server.generate(prompt, 8, sampling_params=fields)
     for one in result if isinstance(result, list) else [result]:
         assert one["meta_info"]["completion_tokens"] > 0
+
+
+def late_or_dropped(server) -> int:
+    """Lookups without an answer in time and pages not kept, until now: each may cost a hit."""
+    state = smg_state(server)
+    return state["lookups"].get("unavailable", 0) + sum(state["dropped_pages"].values())
+
+
+def replayed_hit_shares(server, sent, words):
+    """Of a run in which the memory server was never late, which a simulated one never is."""
+    for _ in range(4):
+        server.flush()
+        before = late_or_dropped(server)
+        outcomes, seconds = asyncio.run(replay(server.url, sent, text=words.text, in_flight=1))
+        live = summary(outcomes, seconds, infinite_hits(sent, PAGE))
+        assert live["failed"] == 0 and live["prompt_tokens_unplanned"] == 0
+        if late_or_dropped(server) == before:
+            return live["hit_share"]
+    return pytest.fail("the box is too busy: the memory server was late in each of four runs")
+
+
+def test_a_replayed_trace_hits_what_the_simulator_says(server, tiny_model):
+    requests, words = chats(count=24, turns=5), words_of(tiny_model)
+    asyncio.run(warm_up(server.url, words))
+    live = replayed_hit_shares(server, asks(requests, words, Selection(speed=1e6)), words)
+    assert live["device"] > 0.05 and live["host"] > 0.2
+    settings = Settings(
+        model_cost(str(tiny_model)), POOL_TOKENS, host_gb=0.25, chunk_tokens=512, closed=True
+    )
+    simulated = simulate(requests, settings).hit_share
+    print(f"live {live}, simulated {simulated}")
+    for tier in ("device", "host"):
+        assert simulated[tier] == pytest.approx(live[tier], abs=0.005)
 
 
 def test_a_memory_server_that_is_killed_costs_no_request(server, reference):

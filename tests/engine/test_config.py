@@ -2,7 +2,7 @@ import pytest
 
 from smg_sglang import config
 from smg_sglang.box import GIB, BoxMemory
-from smg_sglang.config import WritePolicy, make_config
+from smg_sglang.config import DEFAULT_EVICTION, EvictionName, WritePolicy, make_config
 from smg_sglang.errors import ConfigError
 
 
@@ -29,6 +29,11 @@ def test_more_than_is_free_is_refused(monkeypatch):
         ({"host_gb": float("nan")}, "--smg-host-gb must be at least"),
         ({"host_gb": 1e9}, "--smg-host-gb .* is more than"),
         ({"write_policy": "never"}, "--smg-write-policy must be one of"),
+        ({"eviction_policy": "mru"}, "--smg-eviction-policy must be one of lru, .*, not 'mru'"),
+        (
+            {"memory_address": "/run/smg", "eviction_policy": "lru"},
+            "leave it out with --smg-memory",
+        ),
         ({"page_size": 12}, r"--smg-page-size .* must be a power of two"),
         ({"page_size": 256}, r"--smg-page-size .* must be a power of two"),
         ({"lookup_timeout_ms": 0}, "--smg-lookup-timeout-ms"),
@@ -48,6 +53,7 @@ def test_attaching_needs_no_host_size():
     chosen = make_config(memory_address="ipc:///run/smg")
     assert chosen.memory_address == "/run/smg"
     assert chosen.host_gb is None
+    assert chosen.eviction_policy is None
 
 
 def test_the_environment_chooses_for_programs_without_a_command_line(monkeypatch):
@@ -55,8 +61,16 @@ def test_the_environment_chooses_for_programs_without_a_command_line(monkeypatch
     monkeypatch.setenv("SMG_ENABLE", "1")
     monkeypatch.setenv("SMG_HOST_GB", "1.5")
     monkeypatch.setenv("SMG_WRITE_POLICY", "write_back")
+    monkeypatch.setenv("SMG_EVICTION_POLICY", "slru")
     chosen = make_config(**config.config_from_env())
     assert (chosen.host_gb, chosen.write_policy) == (1.5, WritePolicy.WRITE_BACK)
+    assert chosen.eviction_policy is EvictionName.SLRU
+
+
+def test_each_policy_can_be_chosen_and_there_is_a_default():
+    assert make_config().eviction_policy is DEFAULT_EVICTION
+    for name in EvictionName:
+        assert make_config(eviction_policy=name.value).eviction_policy is name
 
 
 def test_a_number_in_the_environment_that_is_none_is_named(monkeypatch):

@@ -125,7 +125,7 @@ A = list(range(100, 164))
 B = A[:32] + list(range(500, 532))
 
 
-@needed_by("engine/cache.py (_HITS_BEFORE_SPILL)")
+@needed_by("engine/cache.py (write_through_threshold)")
 @pytest.mark.parametrize(
     ("policy", "spills_after_each_insert"),
     [
@@ -145,7 +145,7 @@ def test_the_core_asks_for_a_spill_at_the_first_second_or_no_insertion(
     assert seen == spills_after_each_insert
 
 
-@needed_by("engine/cache.py (_HITS_BEFORE_SPILL)")
+@needed_by("engine/cache.py (write_through_threshold)")
 @pytest.mark.parametrize("threshold", [1, 2, 1 << 30])
 def test_the_core_takes_the_threshold_as_it_is(threshold):
     world = World()

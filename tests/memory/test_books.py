@@ -2,6 +2,7 @@
 
 import pytest
 
+from smg_sglang.config import EvictionName
 from smg_sglang.memory.books import Books, PageSizeRefused
 from smg_sglang.memory.room import DESERTED_S
 
@@ -13,7 +14,7 @@ A, B = b"client a", b"client b"
 class World:
     """Books of `pages` pages of 1 KiB, and clients that follow the protocol."""
 
-    def __init__(self, pages: int = 64, slab_bytes: int = 8192) -> None:
+    def __init__(self, pages: int = 64, slab_bytes: int = 8192, **options) -> None:
         self.now = 0.0
         self.limit = pages * 1024
         self.books = Books(
@@ -21,6 +22,7 @@ class World:
             slab_bytes,
             clock=lambda: self.now,
             may_grow=lambda end_bytes: end_bytes <= self.limit,
+            **options,
         )
         self._ids = iter(range(1, 1 << 30))
 
@@ -51,6 +53,19 @@ class World:
     def stats(self):
         self.books.check_invariants()
         return self.books.stats(epoch="", uptime_s=0, malformed=0, strays=0, refused=0)
+
+
+@pytest.mark.parametrize(("eviction", "survivor"), [("lru", 2), ("lfu", 1)])
+def test_the_policy_chosen_says_which_pages_go(eviction, survivor):
+    world = World(pages=8, eviction=EvictionName(eviction))
+    a = world.connect()
+    world.write(a, make_path(*[1] * 4))
+    assert world.found(a, make_path(*[1] * 4)) == 4
+    world.write(a, make_path(*[2] * 4))
+    world.write(a, fresh_path(4))
+    assert world.found(a, make_path(*[survivor] * 4)) == 4
+    world.books.flush(a)
+    assert world.write(a, fresh_path(2)) == 2
 
 
 def test_published_pages_are_found_by_everybody_in_the_namespace():

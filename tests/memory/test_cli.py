@@ -27,6 +27,14 @@ def test_a_wrong_address_ends_with_one_sentence_and_code_2(address, capsys):
     assert "memory address" in capsys.readouterr().err
 
 
+def test_an_unknown_policy_is_refused_by_name(directory, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--host-gb", "0.01", "--address", directory, "--eviction-policy", "mru"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "--eviction-policy" in told and "slru" in told
+
+
 @pytest.mark.parametrize("below", ["file/here", "file/deep/here", "file"])
 def test_a_file_in_the_way_ends_with_one_sentence_and_code_2(below, directory, capsys):
     with open(f"{directory}/file", "w"):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 
-from smg_sglang.tree.eviction import FIFO, LFU, LRU, SLRU
+from smg_sglang.config import EvictionName
+from smg_sglang.tree.eviction import make_policy
 from smg_sglang.tree.page_keys import KEY_BYTES
 from smg_sglang.tree.radix_tree import Inserted, RadixTree
 
-POLICIES = {"lru": LRU, "lfu": LFU, "fifo": FIFO, "slru": SLRU}
+#: Pages so large that a few of them double the cost of computing one again.
+POLICIES = {name: partial(make_policy, name, page_size=16_384) for name in EvictionName}
 
 
 def to_path(names: Iterable[int]) -> bytes:

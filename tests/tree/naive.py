@@ -20,8 +20,13 @@ class Run:
     born_at: int
     used_at: int = 0
     uses: int = 0
+    credit: float = 0.0
     pins: int = 0
     attached: bool = True
+
+    @property
+    def length(self) -> int:
+        return len(self.pages)
 
 
 @dataclass
@@ -34,11 +39,17 @@ class NaiveTree:
         pages = [page for run in self._along(path) for page in self._shared_pages(run, path)]
         return pages, next(reversed(self._along(path)), None)
 
-    def touch(self, run: Run | None) -> None:
+    def touch(self, path: tuple[int, ...], uses: int = 1) -> Run | None:
+        """-> the run that the known part of `path` ends in, cut there."""
+        known, last = self.match(path)
+        if last is not None and len(known) < len(last.path):
+            last = self._split(last, len(known))
         self.clock += 1
-        for above in self._along(run.path) if run and run.attached else []:
-            above.uses += 1
+        for above in self._along(path[: len(known)]):
+            above.uses += uses
             above.used_at = self.clock
+            self.policy.used(above)
+        return last
 
     def insert(self, path: tuple[int, ...], pages: list[int], start: int):
         """-> the duplicates and the deepest run, or None where a parent is missing."""
@@ -46,19 +57,20 @@ class NaiveTree:
         if len(known) < start:
             return None
         duplicates = pages[: len(known) - start]
+        if last is not None and len(known) < len(last.path):
+            last = self._split(last, len(known))
         if len(known) < len(path):
-            if last is not None and len(known) < len(last.path):
-                self._split(last, len(known))
             self.clock += 1
             last = Run(path, len(known), pages[len(duplicates) :], self.clock)
             self.runs[path] = last
-        self.touch(last)
+        self.touch(path, uses=0)
         return duplicates, last
 
     def evict(self, n: int) -> list[int]:
         freed: list[int] = []
         while len(freed) < n and (leaves := [run for run in self.runs.values() if self._free(run)]):
             leaf = min(leaves, key=self.policy.rank)
+            self.policy.evicted(leaf)
             del self.runs[leaf.path]
             cut = max(len(leaf.pages) - (n - len(freed)), 0)
             freed += leaf.pages[cut:]
@@ -67,6 +79,10 @@ class NaiveTree:
             if cut:
                 self.runs[leaf.path] = leaf
         return freed
+
+    def evict_leaf(self) -> list[int]:
+        leaves = [run for run in self.runs.values() if self._free(run)]
+        return self.evict(len(min(leaves, key=self.policy.rank).pages)) if leaves else []
 
     def clear(self) -> list[int]:
         pages = [page for run in self.runs.values() for page in run.pages]
@@ -100,11 +116,13 @@ class NaiveTree:
             shared += 1
         return run.pages[: max(shared - run.start, 0)]
 
-    def _split(self, run: Run, at: int) -> None:
+    def _split(self, run: Run, at: int) -> Run:
         cut = at - run.start
         upper = Run(run.path[:at], run.start, run.pages[:cut], run.born_at, run.used_at, run.uses)
+        upper.credit = run.credit
         run.start, run.pages = at, run.pages[cut:]
         self.runs[upper.path] = upper
+        return upper
 
     def _free(self, run: Run) -> bool:
         below = [

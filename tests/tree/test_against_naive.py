@@ -65,8 +65,13 @@ class TreeMachine(RuleBasedStateMachine):
 
     @rule(path=paths)
     def touch(self, path):
-        self.tree.touch(self.tree.match(to_path(path)))
-        self.naive.touch(self.naive.match(path)[1])
+        node = self.tree.touch(self.tree.match(to_path(path)))
+        self._hold(node, self.naive.touch(path))
+
+    @rule(path=paths)
+    def renew(self, path):
+        node = self.tree.renew(self.tree.match(to_path(path)))
+        self._hold(node, self.naive.touch(path, uses=0))
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -95,6 +100,10 @@ class TreeMachine(RuleBasedStateMachine):
     @rule(count=st.sampled_from([1, 2, 3, 1, 2, 3, 4, 6, 12, 0, -1]))
     def evict(self, count):
         assert sorted(self.tree.evict(count)) == sorted(self.naive.evict(count))
+
+    @rule()
+    def evict_leaf(self):
+        assert sorted(self.tree.evict_leaf()) == sorted(self.naive.evict_leaf())
 
     @rule(rarely=st.integers(0, 15))
     def clear(self, rarely):

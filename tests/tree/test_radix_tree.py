@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from smg_sglang.tree.eviction import FIFO, LFU, SLRU
+from smg_sglang.tree.eviction import FIFO, LFU, SLRU, CostAware
 from smg_sglang.tree.radix_tree import RadixTree
 
 from .factories import POLICIES, World, to_path
@@ -209,6 +209,80 @@ def test_a_parent_is_as_recent_as_its_last_child():
     assert list(world.tree.evict(1)) == [2]
 
 
+def test_a_use_of_the_beginning_does_not_keep_the_rest(world):
+    world.insert([1, 2, 3, 4])
+    world.insert([9])
+    node = world.tree.touch(world.tree.match(to_path([1, 2, 8])))
+    world.tree.pin(node)
+    assert world.tree.pinned_pages() == 2
+    assert sorted(world.tree.evict(9)) == [2, 3, 4]
+    world.tree.unpin(node)
+
+
+def test_an_outdated_match_counts_for_what_is_left_of_it(world):
+    world.insert([1, 2, 3, 4])
+    match = world.tree.match(to_path([1, 2, 3]))
+    world.insert([1, 7])
+    world.tree.evict_leaf()
+    assert world.tree.touch(match).start <= 1
+    gone = world.tree.match(to_path([1, 7]))
+    world.tree.clear()
+    world.tree.touch(gone)
+
+
+def test_a_leaf_can_go_as_a_whole(world):
+    world.insert([1, 2])
+    pinned = world.insert([1, 2, 3, 4], start=2).node
+    world.tree.pin(pinned)
+    assert list(world.tree.evict_leaf()) == []
+    world.tree.unpin(pinned)
+    assert list(world.tree.evict_leaf()) == [2, 3]
+    assert list(world.tree.evict_leaf()) == [0, 1]
+    assert list(world.tree.evict_leaf()) == []
+
+
+def test_who_inserts_a_prefix_has_not_used_it():
+    world = World(RadixTree(LFU()))
+    world.insert([1])
+    world.insert([1])
+    world.tree.renew(world.tree.match(to_path([1])))
+    world.insert([2])
+    world.tree.touch(world.tree.match(to_path([2])))
+    assert list(world.tree.evict(1)) == [0]
+
+
+def test_a_deep_page_stays_longer_than_a_shallow_one_under_cost():
+    world = World(RadixTree(CostAware(doubling_depth=2)))
+    world.insert(list(range(1, 9)))
+    for name in range(20, 23):
+        world.insert([name])
+    # Eight pages deep a page costs 5, at the root 1.5: three generations of those go first.
+    assert sorted(world.tree.evict(3)) == [8, 9, 10]
+    assert list(world.tree.evict(1)) == [7]
+
+
+def test_a_trimmed_leaf_is_ranked_anew_under_cost():
+    world = World(RadixTree(CostAware(doubling_depth=1)))
+    world.insert([1, 2, 3, 4])
+    world.insert([9, 8])
+    assert list(world.tree.evict(1)) == [5]
+    assert list(world.tree.evict(1)) == [4]
+    # What is left of the first path now ranks by its new end.
+    assert list(world.tree.evict(3)) == [1, 2, 3]
+    world.tree.check_invariants()
+
+
+def test_what_nobody_uses_ages_away_under_cost_however_deep():
+    world = World(RadixTree(CostAware(doubling_depth=2)))
+    world.insert(list(range(1, 9)))
+    for name in range(20, 60):
+        world.insert([name])
+        world.tree.evict(1)
+        if world.known(list(range(1, 9))) == 0:
+            return
+    raise AssertionError("the deep path was never evicted")
+
+
 def test_lfu_keeps_what_is_used_often():
     world = World(RadixTree(LFU()))
     world.insert([1])
@@ -221,7 +295,7 @@ def test_a_parent_was_used_as_often_as_all_its_children():
     world = World(RadixTree(LFU()))
     for names, start in (([1], 0), ([1, 5], 1), ([2], 0)):
         world.insert(names, start)
-        for _ in range(3 * (names != [1])):
+        for _ in range(1 if names == [1] else 3):
             world.tree.touch(world.tree.match(to_path(names)))
     assert list(world.tree.evict(1)) == [1]
     assert list(world.tree.evict(1)) == [2]
@@ -236,7 +310,7 @@ def test_fifo_does_not_care_about_uses():
 
 
 def test_slru_keeps_a_proven_prefix_through_a_scan():
-    world = World(RadixTree(SLRU(protect_at=2)))
+    world = World(RadixTree(SLRU()))
     world.insert([1])
     world.tree.touch(world.tree.match(to_path([1])))
     for name in range(10, 20):

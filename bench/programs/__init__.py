@@ -1,0 +1,1 @@
+"""SGLang frontend programs, run against stock SGLang and ours."""

@@ -1,0 +1,1 @@
+"""Published traces against running servers."""

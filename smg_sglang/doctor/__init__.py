@@ -1,0 +1,1 @@
+"""What this machine offers a server with host memory, and what is wrong with it."""

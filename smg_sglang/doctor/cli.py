@@ -1,0 +1,91 @@
+"""`python -m smg_sglang doctor`: looks at this machine, measures, recommends."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.util import find_spec
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from smg_sglang.box import GIB, BoxMemory, box_memory
+from smg_sglang.doctor.finding import Finding, Verdict
+from smg_sglang.doctor.limits import look_at_limits, look_at_memory
+from smg_sglang.doctor.recommend import Recommendation, recommend
+from smg_sglang.doctor.software import look_at_software
+
+_STYLES = {Verdict.OK: "green", Verdict.ADVICE: "yellow", Verdict.WRONG: "red"}
+
+
+class Report(msgspec.Struct, frozen=True):
+    """All of it, as `--json` prints it. `links`: see `devices.Link`."""
+
+    findings: list[Finding]
+    links: list[dict[str, float | str]]
+    recommended: Recommendation
+    fine: bool
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0 when nothing is wrong, 1 when something is."""
+    options = _parser().parse_args(arguments)
+    report = examine()
+    if options.json:
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    else:
+        _print(report, Console())
+    return 0 if report.fine else 1
+
+
+def examine() -> Report:
+    """Look at everything. Takes a few seconds: torch is imported, and copies are timed."""
+    findings = [*look_at_software(), *look_at_memory()]
+    box = box_memory()
+    links: list[dict[str, float | str]] = []
+    recommended = recommend(box, [])
+    if find_spec("torch") is not None:
+        links, recommended = _measure(findings, box)
+    pins = any(str(link["device"]).startswith("cuda") for link in links)
+    findings += look_at_limits(int(recommended.host_gb * GIB), pins=pins)
+    fine = all(finding.verdict is not Verdict.WRONG for finding in findings)
+    return Report(findings, links, recommended, fine)
+
+
+def _measure(
+    findings: list[Finding], box: BoxMemory
+) -> tuple[list[dict[str, float | str]], Recommendation]:
+    # Only here: without torch there still is something to say.
+    from smg_sglang.doctor.devices import look_at_devices, try_to_measure
+
+    findings += look_at_devices()
+    links, told = try_to_measure(box.available)
+    findings += told
+    return [msgspec.to_builtins(link) for link in links], recommend(box, links)
+
+
+def _print(report: Report, console: Console) -> None:
+    table = Table(show_header=False)
+    for _ in range(3):
+        table.add_column(overflow="fold")
+    for finding in report.findings:
+        mark = f"[{_STYLES[finding.verdict]}]{finding.verdict}[/]"
+        told = finding.found + (f"\n[dim]mend: {finding.mend}[/]" if finding.mend else "")
+        table.add_row(mark, finding.what, told)
+    console.print(table)
+    console.print(f"[bold]recommended[/]  {report.recommended.flags}", soft_wrap=True)
+    for reason in report.recommended.reasons:
+        console.print(f"  [dim]{reason}[/]", soft_wrap=True)
+    wrong = sum(finding.verdict is Verdict.WRONG for finding in report.findings)
+    console.print("Nothing is wrong." if report.fine else f"[red]{wrong} wrong: see the mends.[/]")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m smg_sglang doctor",
+        description="What this machine offers a server with host memory, what suits it, and what "
+        "is wrong, each with its mend. Exit code 1 when something is wrong.",
+    )
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    return parser

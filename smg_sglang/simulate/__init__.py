@@ -1,0 +1,1 @@
+"""The server without its model: the same trees and books, driven by a trace."""

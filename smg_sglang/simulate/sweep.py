@@ -1,0 +1,132 @@
+"""Several sizes of host memory and several policies on one trace: what each buys."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from smg_sglang.config import EvictionName
+from smg_sglang.simulate.bounds import (
+    belady_hits,
+    infinite_hits,
+    page_runs,
+)
+from smg_sglang.simulate.run import Outcome, simulate
+from smg_sglang.simulate.settings import GIB, Settings
+from smg_sglang.trace.request import Request
+
+#: Sizes of a sweep as shares of what the trace would fill.
+_SHARES = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+
+
+class Bounds(msgspec.Struct, frozen=True):
+    """Hit shares that no server can exceed, over the requests that fit on the device.
+
+    Attributes:
+        infinite: of a cache that forgets nothing.
+        belady: by GiB of host memory: the most that a single level as large as device pool and
+            host memory together can have (see `bounds.belady_hits`).
+        whole_gb: host memory that holds all prompts of the trace, in GiB.
+    """
+
+    infinite: float
+    belady: dict[float, float]
+    whole_gb: float
+
+
+class Sweep(msgspec.Struct, frozen=True):
+    """All runs of a sweep and their bounds."""
+
+    runs: list[Outcome]
+    bounds: Bounds
+
+
+def sweep_sizes(whole_gb: float) -> list[float]:
+    """Sizes in GiB from none to all that the trace would fill, with three digits."""
+    return [float(f"{whole_gb * share:.3g}") for share in _SHARES]
+
+
+def run_sweep(
+    requests: Sequence[Request],
+    settings: Settings,
+    policies: Sequence[EvictionName],
+    sizes: Sequence[float] | None,
+    progress: Callable[[str, int], None] = lambda what, finished: None,
+) -> Sweep:
+    """A run for each policy and size; without host memory, policies do not differ. `sizes`: None
+    to have them chosen. `progress` is told which run is at how many requests."""
+    progress("bounds", 0)
+    fitting = [request for request in requests if settings.fits(request)]
+    runs = page_runs(fitting, settings.page_size)
+    whole_gb = sum(runs.lengths) * settings.page_bytes / GIB
+    sizes = sweep_sizes(whole_gb) if sizes is None else sizes
+    tokens = max(sum(request.input_tokens for request in fitting), 1)
+
+    def share(pages: int) -> float:
+        return pages * settings.page_size / tokens
+
+    def belady(host_gb: float) -> float:
+        host_pages = int(host_gb * GIB) // settings.page_bytes
+        return share(belady_hits(runs, settings.device_pages + host_pages))
+
+    bounds = Bounds(share(infinite_hits(runs)), {gb: belady(gb) for gb in sizes}, whole_gb)
+    outcomes: list[Outcome] = []
+    for policy in policies:
+        for host_gb in sizes:
+            alike = next((run for run in outcomes if run.host_gb == host_gb == 0), None)
+            if alike is not None:
+                outcomes.append(msgspec.structs.replace(alike, policy=policy))
+                continue
+            name = f"{policy}, {host_gb:g} GiB"
+            chosen = replace(settings, eviction=policy, host_gb=host_gb)
+            outcomes.append(simulate(requests, chosen, partial(progress, name)))
+    return Sweep(outcomes, bounds)
+
+
+def write_csv(sweep: Sweep, path: Path) -> None:
+    """A row for each run."""
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(_COLUMNS)
+        for run in sweep.runs:
+            rows.writerow(
+                [
+                    run.policy,
+                    run.host_gb,
+                    run.device_tokens,
+                    run.input_tokens,
+                    run.hit_share["device"],
+                    run.hit_share["host"],
+                    run.hit_share["total"],
+                    run.saved_flops_share["total"],
+                    run.saved_prefill_s["total"],
+                    run.loaded_tokens,
+                    run.spilled_tokens,
+                    run.ttft_s["mean"],
+                    sweep.bounds.infinite,
+                    sweep.bounds.belady[run.host_gb],
+                ]
+            )
+
+
+_COLUMNS = (
+    "policy",
+    "host_gb",
+    "device_tokens",
+    "input_tokens",
+    "device_share",
+    "host_share",
+    "total_share",
+    "saved_flops_share",
+    "saved_prefill_s",
+    "loaded_tokens",
+    "spilled_tokens",
+    "ttft_mean_s",
+    "infinite_share",
+    "belady_share",
+)
