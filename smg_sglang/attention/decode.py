@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from llvmlite import ir  # type: ignore[import-untyped] # it has no stubs
 from numba import carray, config, get_num_threads, njit, prange, set_num_threads, types
 from numba.extending import intrinsic, overload
 
@@ -22,6 +23,10 @@ from smg_sglang.attention.partial import PartialState
 
 #: Keys a unit of work.
 CHUNK = 256
+#: Rows ahead that are fetched while one is read: a page of 16, after which the next page may be
+#: anywhere. Measured at 7,936 keys in 30 layers: pool 42 to 30 ms, host pages 50 to 37.
+AHEAD = 16
+LINE = 64
 #: Query heads a KV head from which matrix products beat this kernel.
 MAX_GROUP = 16
 
@@ -207,6 +212,30 @@ def _pointer(typingctx: Any, address: Any, like: Any) -> Any:
     return types.CPointer(like.dtype)(types.int64, like), generate
 
 
+@intrinsic
+def _fetch_line(typingctx: Any, address: Any) -> Any:
+    """Bring the cache line at an address nearer; one that is not mapped does no harm."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        read, keep, data = (ir.Constant(word, value) for value in (0, 3, 1))
+        builder.call(fetch, [builder.inttoptr(args[0], byte), read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@njit(fastmath=_FAST, nogil=True, inline="always")
+def _fetch(base: Any, pages: Any, rows: Any, row: Any, at: Any, size: Any) -> None:  # noqa: PLR0917
+    """Fetch `size` bytes of key `at`, if there is one."""
+    if at < rows.shape[0]:
+        begin = base + pages[at] + rows[at] * row
+        for line in range(0, size, LINE):
+            _fetch_line(begin + line)
+
+
 @njit(fastmath=_FAST, nogil=True, cache=True)
 def _unit(  # noqa: PLR0917  # numba
     q: Any,
@@ -226,6 +255,7 @@ def _unit(  # noqa: PLR0917  # numba
     group, dim, keys = q.shape[0], q.shape[1], rows.shape[0]
     scores = np.empty((group, keys), np.float32)
     for i in range(keys):
+        _fetch(k, pages, rows, k_row, i + AHEAD, dim * like.itemsize)
         # An array of the row: LLVM does not hoist an address out of the inner loops by itself.
         key = carray(_pointer(k + pages[i] + rows[i] * k_row, like), dim)
         for g in range(group):
@@ -249,6 +279,7 @@ def _unit(  # noqa: PLR0917  # numba
     acc = np.zeros(out.shape, np.float32)
     v_dim = acc.shape[1]
     for i in range(keys):
+        _fetch(v, pages, rows, v_row, i + AHEAD, v_dim * like.itemsize)
         value = carray(_pointer(v + pages[i] + rows[i] * v_row, like), v_dim)
         for g in range(group):
             weight = scores[g, i]
