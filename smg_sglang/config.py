@@ -190,9 +190,9 @@ def make_config(
 
 def check_stream_context(wanted: bool, split_workers: int, device: str) -> None:
     """Refuse `--smg-stream-context` where it does not work yet."""
-    if wanted and device != "cpu":
+    if wanted and device not in ("cpu", "cuda"):
         raise ConfigError(
-            f"--smg-stream-context works on a CPU only yet, not on {device}; leave it out."
+            f"--smg-stream-context works on a CPU and on CUDA, not on {device}; leave it out."
         )
     if wanted and split_workers:
         raise ConfigError(

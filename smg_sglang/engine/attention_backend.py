@@ -1,4 +1,5 @@
-"""The name `smg` for `--attention-backend`; the backend itself is in `cpu_attention`.
+"""The name `smg` for `--attention-backend`; the backends are in `cpu_attention` and
+`cuda_attention`.
 
 Light to import: SGLang calls `register` in each of its processes, and most compute nothing.
 """
@@ -34,15 +35,33 @@ def register() -> None:
 
 
 def create(model_runner: Any) -> Any:
-    """Return the backend for this model runner.
+    """Return the backend for this model runner: ours on a CPU; on CUDA SGLang's own for FlashInfer,
+    ours with streams beside it where contexts may be larger than the device.
 
-    Raises ConfigError where its device is not the CPU.
+    Raises ConfigError for other devices, and for models that cannot be streamed on CUDA.
     """
-    if model_runner.device != "cpu":
-        raise ConfigError(
-            f"--attention-backend {NAME} works on a CPU only yet, but the device is "
-            f"{model_runner.device}: leave the flag out, or give --device cpu"
-        )
-    from smg_sglang.engine.cpu_attention import CpuAttentionBackend
+    if model_runner.device == "cpu":
+        from smg_sglang.engine.cpu_attention import CpuAttentionBackend
 
-    return CpuAttentionBackend(model_runner)
+        return CpuAttentionBackend(model_runner)
+    if model_runner.device != "cuda":
+        raise ConfigError(
+            f"--attention-backend {NAME} works on a CPU and on CUDA, but the device is "
+            f"{model_runner.device}: leave the flag out"
+        )
+    return _on_cuda(model_runner)
+
+
+def _on_cuda(model_runner: Any) -> Any:
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    from smg_sglang.engine import flags
+
+    if not flags.chosen(model_runner.server_args).get("stream_context"):
+        return ATTENTION_BACKENDS["flashinfer"](model_runner)
+    if model_runner.use_mla_backend:
+        raise ConfigError(flags.NO_MLA)
+    from smg_sglang.engine.cuda_attention import CudaAttentionBackend
+
+    # What SGLang's registry does for FlashInfer, but with our subclass of its class.
+    return CudaAttentionBackend(model_runner, init_new_workspace=model_runner.init_new_workspace)

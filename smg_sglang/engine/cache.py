@@ -195,7 +195,7 @@ class SmgRadixCache(UnifiedRadixCache):
 
     def prefix_device_indices(self, req: Any) -> torch.Tensor:
         if (stream := self._stream(req)) is not None:
-            return stream.table.prefix_slots(req)
+            return stream.table.prefix_slots(stream)
         slots: torch.Tensor = super().prefix_device_indices(req)
         return slots
 

@@ -32,6 +32,11 @@ CPU_MEM_FRACTION = 0.5
 #: resolution and its pickling to the workers (`ServerArgs.__reduce__`).
 ATTRIBUTE = "_smg"
 
+NO_MLA = (
+    "--smg-stream-context does not stream models with latent attention (MLA) on CUDA yet; start "
+    "without it."
+)
+
 #: argparse destination -> `make_config` argument
 _FIELDS = {
     "smg_host_gb": "host_gb",
@@ -217,6 +222,8 @@ def configure(server_args: ServerArgs, given: Mapping[str, Any], origin: str) ->
     }
     if config.stream_context:
         _refuse_beside_streams(server_args)
+        if _device_kind(server_args) == "cuda":
+            _prepare_cuda_streams(server_args)
     setattr(server_args, ATTRIBUTE, {"origin": origin, "config": config.to_builtins()})
     return config
 
@@ -318,6 +325,32 @@ def _refuse_beside_streams(args: ServerArgs) -> None:
             )
 
 
+def _prepare_cuda_streams(args: ServerArgs) -> None:
+    """Choose our attention backend, and refuse what it has no kernels for."""
+    conflicts = [
+        (args.prefill_attention_backend is not None, "--prefill-attention-backend"),
+        (args.decode_attention_backend is not None, "--decode-attention-backend"),
+        (args.dtype in ("float32", "float"), f"--dtype {args.dtype} on CUDA"),
+        (
+            args.kv_cache_dtype not in ("auto", "bf16", "bfloat16"),
+            f"--kv-cache-dtype {args.kv_cache_dtype} on CUDA",
+        ),
+        (args.enable_dp_attention, "--enable-dp-attention"),
+        (args.enable_two_batch_overlap, "--enable-two-batch-overlap"),
+        (args.enable_pdmux, "--enable-pdmux"),
+    ]
+    for found, flag in conflicts:
+        if found:
+            raise ConfigError(
+                f"--smg-stream-context cannot be combined with {flag}; drop one of the two."
+            )
+    args.attention_backend = attention_backend.NAME
+    logger.warning(
+        "--smg-stream-context on CUDA was written and checked without a GPU and has never run on "
+        "one: compare its answers with those of a server without it before you rely on it."
+    )
+
+
 def refuse_streams(args: ServerArgs) -> None:
     """Refuse contexts from host memory where resolved arguments or the model rule them out.
 
@@ -354,11 +387,13 @@ def refuse_model(server_args: ServerArgs) -> None:
     """Refuse a model whose state is more than KV pages, before any process is started.
 
     Raises:
-        ConfigError: for sliding-window and Mamba hybrids.
+        ConfigError: for sliding-window and Mamba hybrids, and for MLA where contexts are streamed
+            on CUDA.
     """
     if chosen(server_args).get("stream_context"):
         refuse_streams(server_args)
     from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
 
     model = model_config_of(server_args)
@@ -367,6 +402,10 @@ def refuse_model(server_args: ServerArgs) -> None:
     elif uses_ssm_state(model):
         kind = "Mamba and linear-attention"
     else:
+        streams = chosen(server_args).get("stream_context")
+        is_mla = streams and model.attention_arch == AttentionArch.MLA
+        if is_mla and _device_kind(server_args) == "cuda":
+            raise ConfigError(NO_MLA)
         return
     raise ConfigError(
         f"{kind} hybrid models ({', '.join(model.hf_config.architectures)}) are not supported "

@@ -8,6 +8,7 @@ or full of what others hold) goes into memory of our own, which nobody else find
 from __future__ import annotations
 
 import logging
+import mmap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,6 +111,8 @@ class HostPages:
         for part in held:
             if part.lease is not None:
                 self._release(part.lease)
+            else:
+                self._mover.unpin(part.run.arena)
         self.num_held -= len(held)
         held.clear()
 
@@ -154,7 +157,8 @@ class HostPages:
                 f"host memory has no room for {pages * self._page_size} tokens "
                 f"({size / 2**20:.0f} MiB) more of a long context"
             )
-        arena = np.empty(size, np.uint8)
+        # Whole pages of the operating system: the driver page-locks no others side by side.
+        arena = np.frombuffer(mmap.mmap(-1, size), np.uint8)
         offsets = np.arange(pages, dtype=np.int64) * self._mover.layout.page_bytes
         self._copy(slots, arena, offsets)
         return self._held(arena, offsets, None)

@@ -33,6 +33,7 @@ from smg_sglang.transfer.layer_counter import LayerCounter
 from smg_sglang.transfer.layer_loads import LayerLoads
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import BeforeCopy, make_mover
+from smg_sglang.transfer.pinning import ArenaPins
 from smg_sglang.transfer.spills import Event, SpillQueue, SpillTarget
 from smg_sglang.tree.page_keys import KEY_BYTES
 
@@ -102,7 +103,9 @@ class HostTier:
             self._release, MAX_HELD if self._one_rank else 1 << 30
         )
         self._retired: list[_Links] = []
-        self._mover = make_mover(pool, order_after=forward_streams)
+        # Memory can be page-locked once only, and the streams' ring copies the same arenas.
+        self.pins = ArenaPins()
+        self._mover = make_mover(pool, order_after=forward_streams, pins=self.pins)
         self.layout, self.device, self.before_copy = pool.layout, pool.device, before_copy
         self.pages = HostPages(
             self._connection,
@@ -193,7 +196,7 @@ class HostTier:
         if arena is self._arena:
             return
         if self._arena is not None:
-            if self._queued or self._started or self._spills.waiting_slots:
+            if self._queued or self._started or self._spills.waiting_slots or self.pages.num_held:
                 return
             self._mover.unpin(self._arena.buffer)
         self._arena = arena
@@ -411,6 +414,7 @@ class HostTier:
         while self._retired:
             self._retired.pop().close()
         self._mover.close()
+        self.pins.close()
 
     # ---- to be seen ----
 

@@ -81,6 +81,7 @@ def _register_worker_hooks(hook: Callable[..., None], kind: Any) -> None:
 def _register_stream_hooks(hook: Callable[..., None], kind: Any) -> None:
     """Contexts larger than the device: the places where SGLang asks what fits."""
     from smg_sglang.engine import stream_scheduling as streams
+    from smg_sglang.engine.cuda_graphs import around_can_run_graph
 
     adder = "managers.schedule_policy.PrefillAdder"
     hook(f"{adder}.add_one_req", streams.around_add_one_req, kind.AROUND)
@@ -105,6 +106,12 @@ def _register_stream_hooks(hook: Callable[..., None], kind: Any) -> None:
         streams.after_get_worker_info,
         kind.AFTER,
     )
+    runner = "model_executor.runner"
+    for graphs in (
+        "decode_cuda_graph_runner.DecodeCudaGraphRunner",
+        "prefill_cuda_graph_runner.PrefillCudaGraphRunner",
+    ):
+        hook(f"{runner}.{graphs}.can_run_graph", around_can_run_graph, kind.AROUND)
 
 
 def _register_attention() -> None:

@@ -7,11 +7,34 @@ reads what has left the device from host memory. While the request generates, it
 gather on the device until a few hundred are there; then those leave, too. So a stream needs a chunk
 of the device, whatever its length, and host memory for all of its tokens.
 
-**Order.** A slot is freed after its bytes are in host memory: `keep` returns when the copy is done,
-and the copy comes after the forward that wrote the slot (on a CPU that has returned; on a GPU
-the mover's fence). A host page is read while `Stream.held` holds it, and it is not written: pages
-are published once. A staging buffer is refilled after the attention that read it has returned. All
-of this happens on the scheduler thread, but for the ring's own copies, which attention waits for.
+On CUDA, where all that is read from host memory crosses a link, the newest pages that host memory
+has stay on the device as well, up to a share of a quarter of it.
+
+**Order.** Everything here happens on the scheduler thread, and so does the enqueuing of forwards;
+only the ring's copies, and the background spills, have threads of their own.
+
+On a CPU a forward has ended when it returns. So what it wrote is there, a copy has ended when
+`keep` returns, and a staging buffer is refilled after the attention that read it has returned.
+
+On CUDA (where this has not run yet) SGLang schedules pass N + 1 while pass N still runs. `F` is
+the forward stream, `S` the scheduler's own, which waits for `F` after each launch (SGLang's barrier
+against writes that overtake reads), as `F` waits for `S` before it:
+
+- *A pass writes slots, then `keep` reads them.* The copy waits for events recorded on `S` and `F`
+  when it is asked for, behind everything launched. `keep` itself returns when the bytes are in host
+  memory: the CPU waits for pass N there. That costs the overlap of this one step; a copy in the
+  background would need pages that are read before they are published.
+- *`keep` reads slots, then anybody writes them.* They are freed afterwards.
+- *Pass N reads slots of ours, or our row of the table, and we free or overwrite them.* The next
+  pass writes the slots on `F`, loads come after `F` (`Mover.fence`), and the row is overwritten on
+  `S`, behind the barrier. Besides, a pass reads the row at its start, when it copies the slots.
+- *A copy writes a host page, then a pass reads it.* `keep` has returned.
+- *A pass reads a staging buffer, then the ring refills it*, and the other way round: events
+  (`transfer.segments`).
+- *A pass reads a host page, then somebody writes it.* While `Stream.held` holds it nobody does. A
+  request that has ended lets go while a pass that was launched with it may still run; SGLang drops
+  that pass's output for it, and the mapping stays: page-locked memory is given back behind all work
+  of the device (`PinnedArena.close`).
 """
 
 from __future__ import annotations
@@ -27,6 +50,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from smg_sglang.attention.host import HostReader, HostRun
 from smg_sglang.engine.host_pages import Held
+from smg_sglang.engine.stream_limits import SEGMENT_TOKENS, Limits
 from smg_sglang.errors import MemoryUnavailable
 from smg_sglang.transfer.segments import SegmentRing
 from smg_sglang.tree.page_keys import KEY_BYTES, keys_from_hex
@@ -52,13 +76,6 @@ def activate(streams: Streams) -> None:
     """Make these the process's streams: a worker has one cache."""
     global _active  # noqa: PLW0603  # the backend is built before the cache, and knows no cache
     _active = streams
-
-
-#: Tokens of a staging buffer. Large enough that merging partial states costs little beside
-#: attending (measured on a CPU: `docs/contexts.md`).
-SEGMENT_TOKENS = 2048
-#: The newest tokens of a stream that stay on the device while it generates, at most.
-TAIL_TOKENS = 512
 
 
 @dataclass(eq=False)
@@ -104,42 +121,6 @@ class Stream:
         return runs
 
 
-@dataclass(frozen=True)
-class Limits:
-    """All in tokens.
-
-    Attributes:
-        device: the device pool.
-        host: host memory of this worker's namespace, if it had all of it.
-        page: tokens a page.
-    """
-
-    device: int
-    host: int
-    page: int
-
-    @property
-    def chunk(self) -> int:
-        """The most that a stream computes at once: others keep half of the device."""
-        return max(self.page, self.device // 2 // self.page * self.page)
-
-    @property
-    def tail(self) -> int:
-        """The most that a generating stream keeps on the device."""
-        return max(self.page, min(TAIL_TOKENS, self.device // 16) // self.page * self.page)
-
-    def paged(self, tokens: int) -> int:
-        return -(-tokens // self.page) * self.page
-
-    def needs_stream(self, tokens: int, new: int) -> bool:
-        """Whether a request of so many known tokens and `new` to come is too large for the device.
-
-        Answers are seldom as long as they may be, so only an eighth of the pool counts for them;
-        SGLang clips what a request may generate to what is left.
-        """
-        return self.paged(tokens) + min(new, self.device // 8) + self.page + 1 > self.device
-
-
 class Streams:
     """The streamed requests of one worker. Scheduler thread only."""
 
@@ -152,8 +133,9 @@ class Streams:
         ring = SegmentRing(
             layout,
             tier.device,
-            max(1, SEGMENT_TOKENS // layout.page_size),
+            max(1, SEGMENT_TOKENS[tier.device.type] // layout.page_size),
             before_copy=tier.before_copy,
+            pins=tier.pins,
         )
         self.reader = HostReader(layout, ring)
         self._ring = ring
@@ -162,7 +144,8 @@ class Streams:
     def limits(self) -> Limits:
         """As they are now: a memory server that is away has no room."""
         device = self._cache.token_to_kv_pool_allocator.size
-        return Limits(device, self._tier.host_tokens(), self._tier.layout.page_size)
+        host, page = self._tier.host_tokens(), self._tier.layout.page_size
+        return Limits(device, host, page, self._tier.device.type == "cuda")
 
     def __len__(self) -> int:
         return len(self._by_rid)
@@ -173,6 +156,10 @@ class Streams:
     def get(self, req: Any) -> Stream | None:
         stream = self._by_rid.get(req.rid)
         return stream if stream is not None and stream.req is req else None
+
+    def by_rid(self, rid: str) -> Stream | None:
+        """The stream of a request that is in a batch."""
+        return self._by_rid.get(rid)
 
     def by_row(self) -> dict[int, Stream]:
         """Streams by their row of the request-to-token table."""
@@ -224,10 +211,17 @@ class Streams:
     # ---- while it runs ----
 
     def checkpoint(self, stream: Stream, up_to: int) -> None:
-        """Move the whole pages of the first `up_to` tokens, whose KV is computed, to host memory.
+        """Copy the whole pages of the first `up_to` tokens, whose KV is computed, to host memory,
+        and free their slots but for the newest ones that may stay (`Limits.resident`).
 
         Where host memory has no room they stay on the device, and `failure` says why.
         """
+        self._keep(stream, up_to)
+        if stream.failure is None:
+            share = self.limits.resident // max(1, len(self)) // self.limits.page
+            self._free_until(stream, (stream.host_pages - share) * self.limits.page)
+
+    def _keep(self, stream: Stream, up_to: int) -> None:
         page, req = self.limits.page, stream.req
         known, first = up_to // page, stream.host_pages
         if known > first:
@@ -243,7 +237,6 @@ class Streams:
             stream.path += path
             stream.last_hash = hexes[-1]
             stream.failure = None
-        self._free_until(stream, stream.host_pages * page)
 
     def _free_until(self, stream: Stream, end: int) -> None:
         if end <= stream.resident_from:
@@ -256,12 +249,19 @@ class Streams:
         stream.req.kv.cache_protected_len = end
 
     def leave_tail(self, stream: Stream, least: int) -> None:
-        """Move a generating stream's newest tokens to host memory if there are `least` or more."""
+        """Move a generating stream's newest tokens to host memory if there are `least` or more.
+
+        A `least` of one page says that slots are short: then nothing stays on the device that
+        host memory has.
+        """
         # The KV of the newest token may still be on its way.
         known = stream.req.kv.kv_committed_len - 1
-        if known - stream.resident_from >= least:
+        page = self.limits.page
+        if known - stream.host_pages * page >= least:
             stream.req.refresh_fill_ids()
             self.checkpoint(stream, known)
+        if least <= page and stream.failure is None:
+            self._free_until(stream, stream.host_pages * page)
 
     def weights_changed(self) -> None:
         """What open streams compute from now on rests on former weights."""
@@ -291,11 +291,14 @@ class Streams:
         next token begins a page."""
         return self.limits.page - 1
 
-    def prefix_slots(self, req: Any) -> torch.Tensor:
-        """int64 [prefix]: what stands in the table for a prefix in host memory."""
-        return torch.full(
-            (req.prefix_len,), self.filler, dtype=torch.int64, device=self._tier.device
-        )
+    def prefix_slots(self, stream: Stream) -> torch.Tensor:
+        """int64 [prefix]: what stands in the table for a prefix in host memory; what of it is on
+        the device, too, keeps its slots."""
+        gone, prefix = stream.resident_from, stream.req.prefix_len
+        filler = torch.full((gone,), self.filler, dtype=torch.int64, device=self._tier.device)
+        if prefix <= gone:
+            return filler[:prefix]
+        return torch.cat([filler, self._row(stream.req)[gone:prefix].to(torch.int64)])
 
     def _row(self, req: Any) -> torch.Tensor:
         row: torch.Tensor = self._cache.req_to_token_pool.req_to_token[req.kv.req_pool_idx]

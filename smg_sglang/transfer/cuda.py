@@ -18,7 +18,7 @@ import torch
 
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import Mark, Mover, PageMove
-from smg_sglang.transfer.pinning import PinnedArena
+from smg_sglang.transfer.pinning import ArenaPins
 from smg_sglang.transfer.staging import RING_BYTES, StagingRing
 
 Method = Literal["kernel", "copies"]
@@ -55,7 +55,8 @@ class CudaMover(Mover):
     """`Mover` for CUDA pools. One thread may load while others spill, one after another.
 
     Arenas that are copied are pinned, and stay so until `unpin`: call it for the arena of a
-    server that is gone, or its memory is not given back.
+    server that is gone, or its memory is not given back. Movers that copy the same arenas share
+    their pins.
 
     ``kernel``: a Triton kernel reads or writes host memory itself; nothing waits on the CPU, and
     slots never leave the device. ``copies``: one cudaMemcpyAsync for each run of slots, which
@@ -67,13 +68,15 @@ class CudaMover(Mover):
         pool: DevicePool,
         *,
         order_after: Sequence[Any] = (),
+        shared_pins: ArenaPins | None = None,
         method: Method = "kernel",
         pins: bool = True,
         programs: int = 16,
         ring_bytes: int = RING_BYTES,
     ) -> None:
-        """``order_after``: streams that copies come after, with `fence`. ``pins``: False copies all
-        through the ring. ``programs``: blocks of a kernel launch."""
+        """``order_after``: streams that copies come after, with `fence`. ``shared_pins``: closed by
+        who made them. ``pins``: False copies all through the ring. ``programs``: blocks of a kernel
+        launch."""
         super().__init__(pool)
         self._order_after = order_after
         self._method = method
@@ -83,8 +86,8 @@ class CudaMover(Mover):
         self._spill_stream = torch.cuda.Stream(pool.device)
         ring_bytes = max(ring_bytes, 2 * self.layout.page_bytes)
         self._load_ring, self._spill_ring = StagingRing(ring_bytes), StagingRing(ring_bytes)
-        self._pinned: dict[int, PinnedArena] = {}
-        self._lock = threading.Lock()
+        self._owns_pins = shared_pins is None
+        self._pinned = shared_pins or ArenaPins()
         self._spilling = threading.Lock()
         self._word = gcd(8, *(part.row_bytes for part in self.layout.parts))
         if method == "kernel":
@@ -103,24 +106,19 @@ class CudaMover(Mover):
         return move
 
     def pin(self, arena: np.ndarray) -> None:
-        with self._lock:
-            if self._pins and arena.ctypes.data not in self._pinned:
-                self._pinned[arena.ctypes.data] = PinnedArena(arena, self.pool.device)
+        if self._pins:
+            self._pinned.pin(arena, self.pool.device)
 
     def unpin(self, arena: np.ndarray) -> None:
-        with self._lock:
-            pinned = self._pinned.pop(arena.ctypes.data, None)
-        if pinned is not None:
-            pinned.close()
+        self._pinned.unpin(arena)
 
     def wait_pinned(self, arena: np.ndarray) -> bool:
         """Block until no more of the arena will be pinned; whether all of it is."""
-        return self._pinned[arena.ctypes.data].wait()
+        return self._pinned.wait(arena)
 
     def close(self) -> None:
-        for pinned in list(self._pinned.values()):
-            pinned.close()
-        self._pinned.clear()
+        if self._owns_pins:
+            self._pinned.close()
 
     def fence(self) -> list[Mark]:
         streams = [torch.cuda.current_stream(self.pool.device), *self._order_after]
@@ -180,10 +178,10 @@ class CudaMover(Mover):
         return CudaMove(move.slots, move.arena, move.offsets, self._is_pinned(move), host_slots)
 
     def _is_pinned(self, move: PageMove) -> bool:
-        pinned = self._pinned.get(move.arena.ctypes.data)
-        if pinned is None or not move.num_pages:
+        if not self._pins or not move.num_pages:
             return False
-        return int(move.offsets.max()) + self.layout.page_bytes <= pinned.pinned_bytes
+        end = int(move.offsets.max()) + self.layout.page_bytes
+        return end <= self._pinned.pinned_bytes(move.arena)
 
     def _slice(self, move: CudaMove, first: int, end: int) -> CudaMove:
         size = self.layout.page_size

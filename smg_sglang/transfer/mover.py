@@ -15,6 +15,7 @@ import torch
 
 from smg_sglang.errors import ConfigError
 from smg_sglang.transfer.layout import DevicePool
+from smg_sglang.transfer.pinning import ArenaPins
 
 BeforeCopy = Callable[[], None]
 """Test hook: called on the copying thread before each copy."""
@@ -158,12 +159,15 @@ class Mover(ABC):
         """Release what the mover holds. No copy may run."""
 
 
-def make_mover(pool: DevicePool, *, order_after: Sequence[Any] = ()) -> Mover:
+def make_mover(
+    pool: DevicePool, *, order_after: Sequence[Any] = (), pins: ArenaPins | None = None
+) -> Mover:
     """The mover for the pool's device.
 
     Args:
         order_after: CUDA streams (the forward stream) that loads must come after, besides the
             current one. Ignored on a CPU, where the forward is synchronous.
+        pins: of all movers that copy the same arenas; its own by default. A CPU pins nothing.
 
     Raises:
         ConfigError: there is no mover for this device.
@@ -175,5 +179,5 @@ def make_mover(pool: DevicePool, *, order_after: Sequence[Any] = ()) -> Mover:
     if pool.device.type == "cuda":
         from smg_sglang.transfer.cuda import CudaMover
 
-        return CudaMover(pool, order_after=order_after)
+        return CudaMover(pool, order_after=order_after, shared_pins=pins)
     raise ConfigError(f"no page copies for device {pool.device.type}; supported: cpu, cuda")

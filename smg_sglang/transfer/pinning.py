@@ -38,10 +38,16 @@ class PinnedArena:
         return self.pinned_bytes == len(self._arena)
 
     def close(self) -> None:
-        """Stop, and unregister what is registered. No copy from or to the arena may run."""
+        """Stop, and unregister what is registered, once the device has done all it was asked for.
+
+        Nobody may enqueue a copy from or to the arena any more.
+        """
         self._stop.set()
         self._thread.join()
         self.pinned_bytes = 0
+        # Rare (a memory server has gone), so the device may stop for it: what a forward still
+        # reads for requests that have ended is waited for by nobody else.
+        torch.cuda.synchronize(self._device)
         while self._pieces:
             torch.cuda.cudart().cudaHostUnregister(self._pieces.pop())
 
@@ -63,3 +69,44 @@ class PinnedArena:
                 return
             self._pieces.append(address)
             self.pinned_bytes += len(piece)
+
+
+class ArenaPins:
+    """What is page-locked, by address: once for all movers of a process that are given these.
+
+    The driver refuses to register memory twice. Whoever made them closes them, and says with
+    `unpin` when an arena goes; movers only ask for what they copy. Any thread.
+    """
+
+    def __init__(self) -> None:
+        self._pinned: dict[int, PinnedArena] = {}
+        self._lock = threading.Lock()
+
+    def pin(self, arena: np.ndarray, device: torch.device) -> None:
+        """Begin to page-lock an arena, where nobody has."""
+        with self._lock:
+            if arena.ctypes.data not in self._pinned:
+                self._pinned[arena.ctypes.data] = PinnedArena(arena, device)
+
+    def unpin(self, arena: np.ndarray) -> None:
+        """Undo `pin` for all, and let go of the mapping; nothing where it is not pinned."""
+        with self._lock:
+            pinned = self._pinned.pop(arena.ctypes.data, None)
+        if pinned is not None:
+            pinned.close()
+
+    def pinned_bytes(self, arena: np.ndarray) -> int:
+        """Bytes from the arena's start on that are page-locked by now."""
+        pinned = self._pinned.get(arena.ctypes.data)
+        return 0 if pinned is None else pinned.pinned_bytes
+
+    def wait(self, arena: np.ndarray) -> bool:
+        """Block until no more of a pinned arena will be locked; whether all of it is."""
+        return self._pinned[arena.ctypes.data].wait()
+
+    def close(self) -> None:
+        """`unpin` everything."""
+        with self._lock:
+            pinned, self._pinned = list(self._pinned.values()), {}
+        for arena in pinned:
+            arena.close()

@@ -2,6 +2,12 @@
 
 What is ahead of the reader is copied while it computes: with a ring of three, one segment is in
 use and two are on their way.
+
+On CUDA (where this has not run yet) nothing here makes the CPU wait for the device. A fill goes to
+the mover's side stream behind an event on the reader's stream, recorded when the buffer was given
+back: all that used it had been enqueued by then. The reader's stream waits for the event behind the
+fill before the segment is given. Fills come one after another on the side stream, so a new reader's
+never overtakes what a former one left behind.
 """
 
 from __future__ import annotations
@@ -15,7 +21,8 @@ import numpy as np
 import torch
 
 from smg_sglang.transfer.layout import DTYPES, DevicePool, PageLayout
-from smg_sglang.transfer.mover import BeforeCopy, Mark, make_mover
+from smg_sglang.transfer.mover import BeforeCopy, Mark, PageMove, make_mover
+from smg_sglang.transfer.pinning import ArenaPins
 
 DEPTH = 3
 
@@ -42,10 +49,13 @@ class SegmentRing:
         layout: PageLayout,
         device: torch.device,
         segment_pages: int,
+        *,
         depth: int = DEPTH,
         before_copy: BeforeCopy | None = None,
+        pins: ArenaPins | None = None,
     ) -> None:
-        """Memory: `depth * segment_pages` pages of one layer. before_copy: test hook."""
+        """Memory: `depth * segment_pages` pages of one layer. before_copy: test hook. pins: shared
+        with who else copies the arenas."""
         dtype = next(dtype for dtype, name in DTYPES.items() if name == layout.dtype)
         self.segment_pages, self.depth = segment_pages, depth
         self._page_size = layout.page_size
@@ -63,7 +73,7 @@ class SegmentRing:
             layout.page_size,
             dtype,
         )
-        self._mover = make_mover(pool)
+        self._mover = make_mover(pool, pins=pins)
         self._slots = torch.arange(slots, device=device)
         self._before_copy = before_copy
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="smg-segments")
@@ -82,15 +92,18 @@ class SegmentRing:
                 f"{len(segment.offsets)} pages in a ring of {self.segment_pages} a segment"
             )
         slots = self._slots[first : first + tokens]
-        return self._thread.submit(self._copy, segment, slots, self._mover.fence())
+        move = self._mover.prepare(slots, segment.arena, segment.offsets)
+        after = self._mover.fence()
+        if self._before_copy is None and self._mover.enqueues([move]):
+            return _done(self._copy(segment.layer, move, after))
+        return self._thread.submit(self._copy, segment.layer, move, after)
 
-    def _copy(self, segment: Segment, slots: torch.Tensor, after: list[Mark]) -> Mark:
+    def _copy(self, layer: int, move: PageMove, after: list[Mark]) -> Mark:
         if self._before_copy is not None:
             self._before_copy()
-        move = self._mover.prepare(slots, segment.arena, segment.offsets)
         with self._mover.loading([move], after) as moves:
             for ready in moves:
-                self._mover.load_layer(segment.layer, ready)
+                self._mover.load_layer(layer, ready)
             return self._mover.mark()
 
     def views(self, buffer: int, pages: int) -> tuple[torch.Tensor, ...]:
@@ -102,6 +115,12 @@ class SegmentRing:
         """End the thread. No reader may be in use."""
         self._thread.shutdown()
         self._mover.close()
+
+
+def _done(mark: Mark) -> Future[Mark]:
+    future: Future[Mark] = Future()
+    future.set_result(mark)
+    return future
 
 
 class SegmentReader:

@@ -186,4 +186,4 @@ def test_registering_twice_registers_once():
 
 def test_another_device_is_refused_with_what_to_do():
     with pytest.raises(ConfigError, match="leave the flag out"):
-        attention_backend.create(SimpleNamespace(device="cuda"))
+        attention_backend.create(SimpleNamespace(device="xpu"))

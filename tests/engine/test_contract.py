@@ -104,6 +104,36 @@ SIGNATURES = [
     ("plugin.py", f"{UPDATER}.begin_weight_update", "self recv_req"),
     ("plugin.py", f"{UPDATER}.end_weight_update", "self recv_req"),
     (
+        "cuda_graphs.py",
+        "model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.can_run_graph",
+        "self forward_batch",
+    ),
+    (
+        "cuda_graphs.py",
+        "model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner.can_run_graph",
+        "self forward_batch",
+    ),
+    (
+        "cuda_attention.py",
+        "layers.attention.flashinfer_backend.FlashInferAttnBackend.__init__",
+        "self model_runner skip_prefill kv_indptr_buf kv_last_page_len_buf init_new_workspace",
+    ),
+    (
+        "cuda_attention.py",
+        "layers.attention.flashinfer_backend.FlashInferAttnBackend.forward_extend",
+        "self q k v layer forward_batch save_kv_cache",
+    ),
+    (
+        "cuda_attention.py",
+        "layers.attention.flashinfer_backend.FlashInferAttnBackend.forward_decode",
+        "self q k v layer forward_batch save_kv_cache",
+    ),
+    (
+        "cuda_attention.py",
+        "layers.attention.flashinfer_backend.FlashInferAttnBackend.init_forward_metadata",
+        "self forward_batch",
+    ),
+    (
         "attention_backend.py",
         "layers.attention.attention_registry.register_attention_backend",
         "name",

@@ -9,6 +9,7 @@ from array import array
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.allocator import BaseTokenToKVPoolAllocator
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
@@ -41,7 +42,9 @@ class Table(Streams):
     def __init__(self, cache, host: int, in_host: dict[str, int]) -> None:
         self._cache = cache
         self._tier = SimpleNamespace(
-            host_tokens=lambda: host, layout=SimpleNamespace(page_size=PAGE)
+            host_tokens=lambda: host,
+            layout=SimpleNamespace(page_size=PAGE),
+            device=torch.device("cpu"),
         )
         self._by_rid: dict[str, Stream] = {}
         self._in_host = in_host
