@@ -24,6 +24,17 @@ def make_args(**changes):
         "pp_size": 1,
         "disaggregation_mode": "null",
         "speculative_algorithm": None,
+        # where contexts are streamed
+        "tp_size": 1,
+        "attention_backend": None,
+        "prefill_attention_backend": None,
+        "decode_attention_backend": None,
+        "chunked_prefill_size": None,
+        "dtype": "auto",
+        "kv_cache_dtype": "auto",
+        "enable_dp_attention": False,
+        "enable_two_batch_overlap": False,
+        "enable_pdmux": False,
     }
     return SimpleNamespace(**(fields | changes))
 
@@ -122,3 +133,67 @@ def test_engine_keywords_are_split():
 def test_engine_keywords_that_make_no_sense_are_refused(kwargs):
     with pytest.raises(ConfigError):
         flags.split_kwargs(kwargs)
+
+
+STREAMS = {"host_gb": 0.5, "stream_context": True}
+
+
+def test_streams_on_cuda_choose_our_backend_and_say_that_it_never_ran_there(caplog):
+    record = make_args(device="cuda")
+    flags.configure(record, STREAMS, origin="cli")
+    assert record.attention_backend == "smg"
+    assert "has never run on" in caplog.text
+
+
+def test_without_streams_sglang_chooses_its_backend_on_cuda(caplog):
+    record = make_args(device="cuda")
+    flags.configure(record, {"host_gb": 0.5}, origin="cli")
+    assert record.attention_backend is None
+    assert "never run" not in caplog.text
+
+
+def test_streams_on_a_cpu_leave_the_choice_to_the_platform(caplog):
+    record = make_args()
+    flags.configure(record, STREAMS, origin="cli")
+    assert record.attention_backend is None
+    assert "never run" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"attention_backend": "fa3"}, "--attention-backend fa3"),
+        ({"prefill_attention_backend": "fa3"}, "--prefill-attention-backend"),
+        ({"decode_attention_backend": "triton"}, "--decode-attention-backend"),
+        ({"dtype": "float32"}, "--dtype float32"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3"),
+        ({"tp_size": 2}, "--tp-size"),
+        ({"enable_two_batch_overlap": True}, "--enable-two-batch-overlap"),
+    ],
+)
+def test_what_streams_on_cuda_cannot_be_combined_with_is_refused_by_name(changes, flag):
+    with pytest.raises(ConfigError, match=flag):
+        flags.configure(make_args(device="cuda", **changes), STREAMS, origin="engine")
+
+
+def test_streams_on_another_device_are_refused():
+    with pytest.raises(ConfigError, match="not on npu"):
+        flags.configure(make_args(device="npu"), STREAMS, origin="engine")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_latent_attention_is_streamed_on_a_cpu_only(device, monkeypatch):
+    from sglang.srt.arg_groups import model_override_base
+    from sglang.srt.configs.model_config import AttentionArch
+    from sglang.srt.mem_cache import kv_cache_builder
+
+    model = SimpleNamespace(is_hybrid_swa=False, attention_arch=AttentionArch.MLA)
+    monkeypatch.setattr(model_override_base, "model_config_of", lambda _: model)
+    monkeypatch.setattr(kv_cache_builder, "uses_ssm_state", lambda _: False)
+    record = make_args(device=device)
+    flags.configure(record, STREAMS, origin="engine")
+    if device == "cpu":
+        flags.refuse_model(record)
+        return
+    with pytest.raises(ConfigError, match="MLA"):
+        flags.refuse_model(record)

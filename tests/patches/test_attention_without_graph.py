@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-
-RUNNER = "model_executor.runner"
 
 
 class Opinion:
@@ -68,31 +69,49 @@ def prefill_runner(backend):
     )
 
 
-CASES = [
-    ("decode_cuda_graph_runner", "DecodeCudaGraphRunner", decode_runner, decode_batch),
-    ("prefill_cuda_graph_runner", "PrefillCudaGraphRunner", prefill_runner, prefill_batch),
-]
+@dataclass(frozen=True)
+class Case:
+    module: str
+    name: str
+    runner: Callable[[Any], Any]
+    batch: Callable[[str], Any]
+
+    def verdicts(self, sglangs, backend, rid):
+        """Of the hook and of the patch."""
+        hooks, stock, patched = sglangs
+        target = f"model_executor.runner.{self.module}"
+        method = f"{self.name}.can_run_graph"
+        hooked = hooks.wrap(f"{target}.{method}", stock.function(f"sglang.srt.{target}", method))
+        changed = patched.function(f"sglang.srt.{target}", method)
+        asked = self.runner(backend), self.batch(rid)
+        return bool(hooked(*asked)), bool(changed(*asked))
 
 
-@pytest.mark.parametrize(("module", "name", "runner", "batch"), CASES, ids=lambda v: str(v)[:8])
+cases = pytest.mark.parametrize(
+    "case",
+    [
+        Case("decode_cuda_graph_runner", "DecodeCudaGraphRunner", decode_runner, decode_batch),
+        Case("prefill_cuda_graph_runner", "PrefillCudaGraphRunner", prefill_runner, prefill_batch),
+    ],
+    ids=["decode", "prefill"],
+)
+
+
+@cases
 @pytest.mark.parametrize(("rid", "graph"), [("streamed", False), ("ordinary", True)])
-def test_hook_and_patch_ask_the_backend_alike(sglangs, module, name, runner, batch, rid, graph):
-    hooks, stock, patched = sglangs
-    target = f"{RUNNER}.{module}"
-    original = stock.function(f"sglang.srt.{target}", f"{name}.can_run_graph")
-    hooked = hooks.wrap(f"{target}.{name}.can_run_graph", original)
-    changed = patched.function(f"sglang.srt.{target}", f"{name}.can_run_graph")
-    asked = runner(Opinion()), batch(rid)
-    assert bool(hooked(*asked)) is bool(changed(*asked)) is graph
+def test_hook_and_patch_ask_the_backend_alike(sglangs, case, rid, graph):
+    assert case.verdicts(sglangs, Opinion(), rid) == (graph, graph)
 
 
-@pytest.mark.parametrize(("module", "name", "runner", "batch"), CASES, ids=lambda v: str(v)[:8])
-def test_a_backend_without_an_opinion_leaves_it_to_the_runner(sglangs, module, name, runner, batch):
+@cases
+def test_a_backend_without_an_opinion_leaves_it_to_the_runner(sglangs, case):
+    willing = SimpleNamespace(can_run_graph=lambda batch: True)
+    assert case.verdicts(sglangs, willing, "streamed") == (True, True)
     hooks, stock, _ = sglangs
-    target = f"{RUNNER}.{module}"
-    original = stock.function(f"sglang.srt.{target}", f"{name}.can_run_graph")
-    hooked = hooks.wrap(f"{target}.{name}.can_run_graph", original)
-    assert hooked(runner(SimpleNamespace()), batch("streamed"))
+    target = f"model_executor.runner.{case.module}"
+    original = stock.function(f"sglang.srt.{target}", f"{case.name}.can_run_graph")
+    hooked = hooks.wrap(f"{target}.{case.name}.can_run_graph", original)
+    assert hooked(case.runner(SimpleNamespace()), case.batch("streamed"))
 
 
 def test_the_base_class_has_no_objection(patched):

@@ -1,0 +1,166 @@
+"""What a stream keeps on the device beside what host memory has, where that is worth it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from smg_sglang.attention.host import HostRun
+from smg_sglang.engine import streams as module
+from smg_sglang.engine.host_pages import Held
+from smg_sglang.engine.streams import Limits, Stream, Streams
+
+PAGE, DEVICE = 4, 128
+
+
+class Pages:
+    """Host memory: says what was kept, as one run a call."""
+
+    def __init__(self):
+        self.kept = []
+
+    def keep(self, path, first, slots):
+        self.kept.append(slots.tolist())
+        pages = slots.numel() // PAGE
+        run = HostRun(np.zeros(1, np.uint8), np.arange(first, first + pages), PAGE)
+        return [Held(run, None)]
+
+
+class Table(Streams):
+    """Streams without a server: keys are made up, and memory is `Pages`."""
+
+    def __init__(self, *, on_cuda):
+        self.freed = []
+        self._cache = SimpleNamespace(
+            token_to_kv_pool_allocator=SimpleNamespace(
+                size=DEVICE, free=lambda slots: self.freed.extend(slots.tolist())
+            ),
+            req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(3, 400, dtype=torch.int32)),
+        )
+        self._tier = SimpleNamespace(
+            host_tokens=lambda: 4096,
+            layout=SimpleNamespace(page_size=PAGE),
+            device=torch.device("cpu"),
+        )
+        self._pages = Pages()
+        self._by_rid = {}
+        self._on_cuda = on_cuda
+
+    @property
+    def limits(self):
+        return replace(super().limits, on_cuda=self._on_cuda)
+
+    def _keys(self, req, begin, end, parent):
+        pages = (end - begin) // PAGE
+        return b"0123456789abcdef" * pages, ["hash"] * pages
+
+    def begin(self, rid, row):
+        """A stream, of which nothing is computed."""
+        kv = SimpleNamespace(req_pool_idx=row, cache_protected_len=0, kv_committed_len=0)
+        req = SimpleNamespace(rid=rid, kv=kv, prefix_len=0, refresh_fill_ids=lambda: None)
+        self._by_rid[rid] = Stream(self, req, 4096)
+        return self._by_rid[rid]
+
+    def compute(self, stream, begin, end):
+        """A pass gave tokens [begin, end) slots of the same number."""
+        self._row(stream.req)[begin:end] = torch.arange(begin, end, dtype=torch.int32)
+        stream.req.kv.kv_committed_len = end
+
+    def check(self, stream, tokens):
+        """Every token is on the device or in host memory, and what is read from there is exactly
+        what has left the device."""
+        gone = stream.resident_from
+        assert gone % PAGE == 0 and gone <= stream.host_pages * PAGE
+        assert sum(run.tokens for run in stream.runs) == gone
+        row = self._row(stream.req)[:tokens].tolist()
+        assert row == [self.filler] * gone + list(range(gone, tokens))
+        assert stream.req.kv.cache_protected_len == gone
+        assert self.freed == list(range(gone))
+
+
+def test_the_newest_pages_stay_up_to_a_quarter_of_the_device():
+    table = Table(on_cuda=True)
+    stream = table.begin("a", 1)
+    for step, (begin, end) in enumerate([(0, 20), (20, 60), (60, 103)]):
+        table.compute(stream, begin, end)
+        table.checkpoint(stream, end)
+        assert stream.host_pages == end // PAGE
+        assert stream.resident_from == [0, 60 - DEVICE // 4, 100 - DEVICE // 4][step]
+        table.check(stream, end)
+        stream.req.prefix_len = end
+        slots = table.prefix_slots(stream)
+        assert slots.dtype == torch.int64
+        assert slots.tolist() == table._row(stream.req)[:end].tolist()
+    # Every page was copied once.
+    assert [slot for slots in table._pages.kept for slot in slots] == list(range(100))
+
+
+def test_on_a_cpu_nothing_stays_that_host_memory_has():
+    table = Table(on_cuda=False)
+    stream = table.begin("a", 1)
+    table.compute(stream, 0, 43)
+    table.checkpoint(stream, 43)
+    assert stream.resident_from == 40
+    table.check(stream, 43)
+    assert Limits(DEVICE, 0, PAGE).resident == 0
+
+
+def test_streams_share_what_may_stay():
+    table = Table(on_cuda=True)
+    first, second = table.begin("a", 1), table.begin("b", 2)
+    for stream in (first, second):
+        table.compute(stream, 0, 80)
+        table.checkpoint(stream, 80)
+        assert stream.resident_from == 80 - DEVICE // 8
+
+
+def test_tokens_gather_beside_what_stays_before_they_are_copied():
+    table = Table(on_cuda=True)
+    stream = table.begin("a", 1)
+    table.compute(stream, 0, 80)
+    table.checkpoint(stream, 80)
+    tail = 2 * PAGE
+    for length in range(81, 100):
+        table.compute(stream, length - 1, length)
+        table.leave_tail(stream, tail)
+        table.check(stream, length)
+        assert length - 1 - stream.host_pages * PAGE < tail
+    assert len(table._pages.kept) == 3
+
+
+def test_where_slots_are_short_nothing_stays_that_host_memory_has():
+    table = Table(on_cuda=True)
+    stream = table.begin("a", 1)
+    table.compute(stream, 0, 80)
+    table.checkpoint(stream, 80)
+    table.compute(stream, 80, 82)
+    table.leave_tail(stream, PAGE)
+    assert stream.resident_from == 80
+    table.check(stream, 82)
+
+
+def test_what_host_memory_does_not_take_stays(monkeypatch):
+    table = Table(on_cuda=True)
+    stream = table.begin("a", 1)
+
+    def full(path, first, slots):
+        raise module.MemoryUnavailable("full")
+
+    monkeypatch.setattr(table._pages, "keep", full)
+    table.compute(stream, 0, 80)
+    table.checkpoint(stream, 80)
+    assert stream.failure == "full" and stream.resident_from == 0
+    table.leave_tail(stream, PAGE)
+    table.check(stream, 80)
+
+
+@pytest.mark.parametrize("prefix", [0, 40])
+def test_a_stream_that_begins_has_no_slots(prefix):
+    table = Table(on_cuda=True)
+    stream = table.begin("a", None)
+    stream.resident_from = stream.req.prefix_len = prefix
+    assert table.prefix_slots(stream).tolist() == [PAGE - 1] * prefix
