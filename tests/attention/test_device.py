@@ -32,23 +32,24 @@ def make_attention():
     return DeviceAttention(Wrappers(CPU, torch.empty(16, dtype=torch.uint8)))
 
 
-def plan_of(world, attention):
+def plan_of(world, attention, device=CPU):
     lengths = [len(slots) for slots in world.slots]
-    keys = one_slot_pages(torch.cat(world.slots), lengths)
+    keys = one_slot_pages(torch.cat(world.slots).to(device), lengths)
     new = [new for _, _, new in world.requests]
     return attention.plan(keys, new, world.host, world.reader)
 
 
-def check(world, attention, q_heads, rule):
-    """One forward pass over all layers; its plan."""
-    plan = plan_of(world, attention)
+def check(world, attention, q_heads, rule, device=CPU):
+    """One forward pass over all layers; its plan. Also called by tests/gpu."""
+    plan = plan_of(world, attention, device)
     new = list(plan.new)
     for layer in range(LAYERS):
         q = torch.randn(sum(new), q_heads, world.k[0].shape[2]).to(world.dtype)
-        out = torch.full_like(q, torch.nan)
-        pool = KV(world.k[layer], world.v[layer])
-        attention.attend(q, pool, plan, rule, out, layer)
-        for number, (queries, got) in enumerate(zip(q.split(new), out.split(new), strict=True)):
+        pool = KV(world.k[layer].to(device), world.v[layer].to(device))
+        out = torch.full_like(q, torch.nan, device=device)
+        attention.attend(q.to(device), pool, plan, rule, out, layer)
+        outs = out.cpu().split(new)
+        for number, (queries, got) in enumerate(zip(q.split(new), outs, strict=True)):
             k, v = world.whole(number, layer)
             how = {"scale": rule.scale, "causal": rule.causal, "logit_cap": rule.logit_cap}
             want = reference(queries, k, v, **how).out
