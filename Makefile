@@ -54,8 +54,9 @@ bench-split: $(VENV)/.ready ## streams beside long prompts, on one worker and sp
 bench-transfer: $(VENV)/.ready ## how fast pages move between device pool and host memory; ARGS="flags"
 	@$(RUN) bench/transfer.py $(ARGS)
 
-bench-gpu: $(VENV)/.ready ## the same on a CUDA device
-	@$(RUN) bench/transfer.py --device cuda $(ARGS)
+bench-gpu: $(VENV)/.ready ## copies and attention on a CUDA device; results go to bench/results
+	@$(RUN) bench/transfer.py --device cuda
+	@$(RUN) bench/gpu_attention.py $(ARGS)
 
 lint: $(VENV)/.ready ## formatting, lint, types and import layers
 	@$(VENV)/bin/ruff format --check --quiet . || { $(VENV)/bin/ruff format --check .; exit 1; }

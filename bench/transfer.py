@@ -18,6 +18,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -29,24 +31,31 @@ from smg_sglang.memory.arena import Arena, create_memfd
 from smg_sglang.transfer import DevicePool, Mover
 from smg_sglang.transfer.cpu import CpuMover, kernels
 from smg_sglang.transfer.cuda import CudaMover, Method
+from smg_sglang.transfer.pinning import ArenaPins
 
 Subjects = dict[str, Callable[[], None]]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's KV as one rank sees it, in bf16."""
+    """A model's KV as one rank sees it, in bf16. parts: 2 for keys and values, 1 for a latent."""
 
     layers: int
     heads: int
     dim: int
+    parts: int = 2
 
 
 SHAPES = {
     "SmolLM2-135M": Shape(30, 3, 64),
     "Llama-3.1-8B": Shape(32, 8, 128),
     "Llama-3.1-8B tp8": Shape(32, 1, 128),
+    "Qwen2.5-7B": Shape(28, 4, 128),
+    "DeepSeek-V2-Lite": Shape(27, 1, 576, parts=1),
 }
+#: What the targets are about, on CUDA.
+CUDA_SHAPES = ["Llama-3.1-8B", "Qwen2.5-7B", "DeepSeek-V2-Lite"]
+RESULTS = Path(__file__).parent / "results"
 
 
 class World:
@@ -59,6 +68,7 @@ class World:
         fd = create_memfd(self.nbytes)
         self.arena = Arena(fd, self.nbytes)
         os.close(fd)
+        self.pins = ArenaPins()  # memory is page-locked once, whatever copies it
         self.arena.buffer.fill(1)  # touched, or the first round would pay for page faults
         rng = np.random.default_rng(0)
         pick = rng.permutation if order == "random" else np.arange
@@ -69,7 +79,7 @@ class World:
 
 
 def make_pool(shape: Shape, page_size: int, megabytes: int, device: str) -> DevicePool:
-    page_bytes = shape.layers * 2 * page_size * shape.heads * shape.dim * 2
+    page_bytes = shape.layers * shape.parts * page_size * shape.heads * shape.dim * 2
     slots = 2 * max(1, (megabytes << 20) // page_bytes) * page_size
 
     def tensor() -> torch.Tensor:
@@ -77,6 +87,8 @@ def make_pool(shape: Shape, page_size: int, megabytes: int, device: str) -> Devi
         return torch.ones(size, dtype=torch.bfloat16, device=device)
 
     keys = [tensor() for _ in range(shape.layers)]
+    if shape.parts == 1:
+        return DevicePool.mla(keys, page_size)
     return DevicePool.mha(keys, [tensor() for _ in range(shape.layers)], page_size)
 
 
@@ -117,7 +129,7 @@ def cuda_subjects(world: World) -> Subjects:
     }
     methods: tuple[Method, ...] = ("kernel", "copies")
     for method in methods:
-        mover = CudaMover(world.pool, method=method)
+        mover = CudaMover(world.pool, method=method, shared_pins=world.pins)
         mover.pin(world.arena.buffer)
         if not mover.wait_pinned(world.arena.buffer):
             raise SystemExit("the driver does not page-lock the arena (see `ulimit -l`)")
@@ -151,13 +163,40 @@ def show(console: Console, title: str, rates: dict[str, list[float]]) -> None:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--page-sizes", nargs="+", type=int, default=[16], help="tokens")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES))
+    parser.add_argument("--page-sizes", nargs="+", type=int, help="tokens (16; on CUDA 16 64)")
     parser.add_argument("--orders", nargs="+", default=["random", "in order"])
     parser.add_argument("--megabytes", type=int, default=256, help="bytes moved per measurement")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=Path("bench/out/transfer.json"))
-    return parser.parse_args(arguments)
+    parser.add_argument("--out", type=Path, help="the JSON file (on CUDA in bench/results)")
+    options = parser.parse_args(arguments)
+    on_cuda = options.device == "cuda"
+    options.shapes = options.shapes or (CUDA_SHAPES if on_cuda else list(SHAPES))
+    options.page_sizes = options.page_sizes or ([16, 64] if on_cuda else [16])
+    if options.out is None:
+        options.out = dated("transfer") if on_cuda else Path("bench/out/transfer.json")
+    return options
+
+
+def dated(name: str) -> Path:
+    """Where a result of this machine's device is kept."""
+    device = torch.cuda.get_device_name().replace(" ", "-")
+    return RESULTS / f"{name}-{device}-{datetime.now(UTC):%Y-%m-%d}.json"
+
+
+def machine(device: str) -> dict[str, object]:
+    """What a result has to say about where it comes from."""
+    found: dict[str, object] = {
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "device": device,
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "torch": torch.__version__,
+    }
+    if device == "cuda":
+        found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        found |= {name: version(name) for name in ("triton", "flashinfer-python", "sglang")}
+    return found
 
 
 def main() -> None:
@@ -170,14 +209,14 @@ def main() -> None:
         world = World(SHAPES[name], page_size, options.megabytes, options.device, order)
         subjects = cpu_subjects(world) if options.device == "cpu" else cuda_subjects(world)
         rates = measure(subjects, world.nbytes, options.rounds)
+        world.pins.close()
         show(console, f"{name}, page size {page_size}, {order}, {world.nbytes >> 20} MiB", rates)
         case = {"shape": name, "page_size": page_size, "order": order, "nbytes": world.nbytes}
         results.append({**case, "gb_per_s": rates})
-    machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "device": options.device}
-    if options.device == "cuda":
-        machine["device"] = torch.cuda.get_device_name()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({**machine, "results": results}, indent=1) + "\n")
+    options.out.write_text(
+        json.dumps({**machine(options.device), "results": results}, indent=1) + "\n"
+    )
     console.print(f"written to {options.out}")
 
 

@@ -1,0 +1,254 @@
+"""Attention over host pages on a CUDA device: what merging costs, how fast contexts stream, and how
+much copies slow a running decode.
+
+    python bench/gpu_attention.py [--help]
+
+One process; what is compared takes turns in every round, and figures are medians with quartiles of
+CUDA events. Has not run on a GPU yet: there are no results until somebody runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, as the other benchmarks are
+
+from bench.transfer import SHAPES, Shape, World, dated, machine
+from smg_sglang.attention import flashinfer
+from smg_sglang.attention.batch import KV, Rule
+from smg_sglang.attention.device import DeviceAttention, merge_into
+from smg_sglang.attention.flashinfer import PagedKeys, Wrappers, one_slot_pages
+from smg_sglang.attention.host import HostReader, HostRun
+from smg_sglang.attention.partial import PartialState
+from smg_sglang.transfer.cuda import CudaMover
+from smg_sglang.transfer.segments import SegmentRing
+
+QUERY_HEADS = {"Llama-3.1-8B": 32, "Qwen2.5-7B": 28}
+WIDTH = {"Llama-3.1-8B": 4096, "Qwen2.5-7B": 3584}
+PAGE = 16
+RULE = Rule(128**-0.5)
+
+Subjects = dict[str, Callable[[], None]]
+
+
+def milliseconds(subjects: Subjects, rounds: int) -> dict[str, list[float]]:
+    """Of each subject in each round, by CUDA events; two rounds warm up."""
+    times: dict[str, list[float]] = defaultdict(list)
+    for round_number in range(rounds + 2):
+        for name, run in subjects.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            if round_number >= 2:
+                times[name].append(begin.elapsed_time(end))
+    return dict(times)
+
+
+def some(*size: int, device: str = "cuda") -> torch.Tensor:
+    return torch.randn(*size, dtype=torch.bfloat16, device=device)
+
+
+# ---- two merged segments beside one ----
+
+
+def merging(shape: Shape, q_heads: int, new: int, keys: int, backend: str) -> Subjects:
+    """The same keys in one segment, and in two that are merged; `new` queries after all of them."""
+    wrappers = Wrappers(torch.device("cuda"), backend=backend)
+    q, kv = some(new, q_heads, shape.dim), KV(*(some(keys, shape.heads, shape.dim) for _ in "kv"))
+    heads = flashinfer.heads_of(q, kv)
+    table = torch.randperm(keys // PAGE, device="cuda").to(torch.int32)
+
+    def planned(first: int, end: int) -> flashinfer.Wrapper:
+        pages = PagedKeys(
+            torch.tensor([0, end - first], dtype=torch.int32),
+            table[first:end],
+            torch.tensor([PAGE], dtype=torch.int32),
+            PAGE,
+        )
+        return wrappers.planned(pages, [new], RULE, heads, causal=False)
+
+    middle = keys // PAGE // 2
+    whole, first, second = planned(0, 2 * middle), planned(0, middle), planned(middle, 2 * middle)
+
+    def one() -> None:
+        flashinfer.run(whole, q, kv, PAGE)
+
+    def two() -> None:
+        state = flashinfer.run(first, q, kv, PAGE)
+        state = PartialState(state.out.float(), state.lse)
+        merge_into(state, flashinfer.run(second, q, kv, PAGE)).out.to(q.dtype)
+
+    return {"one segment": one, "two, merged": two}
+
+
+# ---- contexts streamed from host memory ----
+
+
+def streaming(world: World, shape: Shape, q_heads: int, *, new: int) -> Subjects:
+    """All layers of one pass of a request whose context is in host memory, but for `new` tokens."""
+    layout, device = world.pool.layout, torch.device("cuda")
+    ring = SegmentRing(layout, device, 8192 // layout.page_size, pins=world.pins)
+    world.pins.pin(world.arena.buffer, device)
+    if not world.pins.wait(world.arena.buffer):
+        raise SystemExit("the driver does not page-lock the arena (see `ulimit -l`)")
+    reader = HostReader(layout, ring)
+    attention = DeviceAttention(Wrappers(device))
+    run = HostRun(world.arena.buffer, world.offsets, layout.page_size)
+    q = some(new, q_heads, shape.dim)
+    pool = KV(*(some(new, shape.heads, shape.dim) for _ in "kv"))
+    slots, out = torch.arange(new, dtype=torch.int32, device=device), torch.empty_like(q)
+
+    def streamed() -> None:
+        plan = attention.plan(one_slot_pages(slots, [new]), [new], [[run]], reader)
+        for layer in range(layout.num_layers):
+            attention.attend(q, pool, plan, RULE, out, layer)
+
+    target = torch.ones(world.nbytes, dtype=torch.uint8, device=device)
+    host = torch.ones(world.nbytes, dtype=torch.uint8, pin_memory=True)
+    plain = "one pinned copy of the same bytes"
+    return {"streamed": streamed, plain: lambda: target.copy_(host, non_blocking=True)}
+
+
+# ---- copies beside a decode ----
+
+
+class Decode:
+    """Something like a decode step: each layer's weights are read, and each request's keys."""
+
+    def __init__(self, shape: Shape, width: int, q_heads: int, batch: int, context: int):
+        self.layers = shape.layers
+        self.x = some(batch, width)
+        self.weights = [some(width, 4 * width) for _ in range(4)]  # larger than the L2 cache
+        self.back = some(4 * width, width)
+        self.q = some(batch, q_heads, shape.dim)
+        self.kv = KV(*(some(batch * context, shape.heads, shape.dim) for _ in "kv"))
+        wrappers = Wrappers(torch.device("cuda"))
+        slots = torch.randperm(batch * context, device="cuda").to(torch.int32)
+        keys = one_slot_pages(slots, [context] * batch)
+        heads = flashinfer.heads_of(self.q, self.kv)
+        self.wrapper = wrappers.planned(keys, [1] * batch, RULE, heads, causal=True)
+
+    def step(self) -> None:
+        for layer in range(self.layers):
+            _ = (self.x @ self.weights[layer % len(self.weights)]) @ self.back
+            flashinfer.run(self.wrapper, self.q, self.kv, 1)
+
+
+@contextmanager
+def copying(world: World, programs: int, direction: str):
+    """Pages move all the while, as the loads of other requests would."""
+    mover = CudaMover(world.pool, shared_pins=world.pins, programs=programs)
+    move = mover.prepare(world.slots, world.arena.buffer, world.offsets)
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            if direction == "spill":
+                mover.spill(move)
+                continue
+            with mover.loading([move], ()) as moves:  # behind nothing: all the while
+                for layer in range(mover.layout.num_layers):
+                    mover.load_layer(layer, moves[0])
+                mover.mark().synchronize()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def interference(world: World, decode: Decode, rounds: int, programs: list[int]):
+    """Milliseconds of a decode step alone, and while pages move."""
+    times = milliseconds({"alone": decode.step}, rounds)
+    for direction in ("load", "spill"):
+        for count in programs:
+            with copying(world, count, direction):
+                name = f"beside a {direction}, {count} programs"
+                times[name] = milliseconds({name: decode.step}, rounds)[name]
+    times["alone, again"] = milliseconds({"alone": decode.step}, rounds)["alone"]
+    return times
+
+
+# ---- reports ----
+
+
+def show(console: Console, title: str, times: dict[str, list[float]], nbytes: int = 0) -> None:
+    table = Table("what", "ms", "quartiles", "of the first", title=title, title_justify="left")
+    first = float(np.median(next(iter(times.values()))))
+    for name, samples in times.items():
+        low, middle, high = np.quantile(samples, [0.25, 0.5, 0.75])
+        rate = f" ({nbytes / middle / 1e6:.1f} GB/s)" if nbytes else ""
+        share = f"{middle / first:.1%}"
+        table.add_row(name, f"{middle:.3f}{rate}", f"{low:.3f} .. {high:.3f}", share)
+    console.print(table)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--shapes", nargs="+", default=list(QUERY_HEADS), choices=list(QUERY_HEADS))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--megabytes", type=int, default=2048, help="of KV in host memory")
+    parser.add_argument("--backends", nargs="+", default=["fa2", "auto"], help="FlashInfer's")
+    parser.add_argument("--programs", nargs="+", type=int, default=[8, 16, 32])
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench/gpu_attention.py needs a CUDA device; PyTorch sees none")
+    console, results = Console(), []
+
+    def report(kind: str, case: dict[str, object], times: dict[str, list[float]], nbytes: int = 0):
+        title = f"{kind}: " + ", ".join(f"{name} {value}" for name, value in case.items())
+        show(console, title, times, nbytes)
+        results.append({"kind": kind, **case, "nbytes": nbytes, "ms": times})
+
+    for name in options.shapes:
+        shape, q_heads = SHAPES[name], QUERY_HEADS[name]
+        for backend in options.backends:
+            for new, keys in [(8192, 16384), (2048, 65536), (1, 65536)]:
+                case = {"shape": name, "backend": backend, "queries": new, "keys": keys}
+                subjects = merging(shape, q_heads, new, keys, backend)
+                report("merging", case, milliseconds(subjects, options.rounds))
+        world = World(shape, PAGE, options.megabytes, "cuda", "random")
+        tokens = world.pages * PAGE
+        for new in (1, 8192):
+            case = {"shape": name, "queries": new, "context": tokens}
+            times = milliseconds(streaming(world, shape, q_heads, new=new), options.rounds)
+            report("streaming", case, times, world.nbytes)
+        decode = Decode(shape, WIDTH[name], q_heads, batch=16, context=4096)
+        times = interference(world, decode, options.rounds, options.programs)
+        report("interference", {"shape": name, "batch": 16, "context": 4096}, times)
+        world.pins.close()
+        del world, decode
+        torch.cuda.empty_cache()
+    out = options.out or dated("attention")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found = {**machine("cuda"), "load": os.getloadavg()[0], "results": results}
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    console.print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()
