@@ -1,5 +1,5 @@
-"""SGLang attention backend for CUDA: SGLang's own for FlashInfer, and ours for the batches that have
-streams among their requests.
+"""SGLang attention backend for CUDA: SGLang's own for FlashInfer, and ours for the batches that
+have streams among their requests.
 
 A batch without streams is SGLang's own in every respect, CUDA graphs included. One with streams
 runs without graphs (`cuda_graphs` makes SGLang's graph runners ask `can_run_graph`): how many

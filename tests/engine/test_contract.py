@@ -299,3 +299,33 @@ def test_our_classes_override_what_sglang_has():
         assert names - added <= set(dir(theirs))
         taken = names & added & set(dir(theirs)) - {"_abc_impl"}
         assert not taken, "SGLang has a method of that name now"
+
+
+@needed_by("engine/streams.py (Order), held by tests/engine/test_streams_order.py")
+def test_under_overlap_the_scheduler_and_the_forward_wait_for_each_other():
+    from sglang.srt.managers.scheduler import Scheduler
+
+    loop = inspect.getsource(Scheduler.event_loop_overlap)
+    launched = loop.index("batch_result = self.run_batch(batch)")
+    assert (
+        launched < loop.index("self._apply_war_barrier()") < loop.index("self.result_queue.append")
+    )
+    barrier = inspect.getsource(Scheduler._apply_war_barrier)
+    assert "self.schedule_stream.wait_stream(self.forward_stream)" in barrier
+    assert "self.schedule_stream.wait_event(ev)" in barrier
+    launch = inspect.getsource(Scheduler.run_batch)
+    assert "self.forward_stream.wait_stream(self.schedule_stream)" in launch
+
+
+@needed_by("engine/cuda_attention.py")
+def test_an_eager_batch_names_its_requests_and_is_planned_as_it_is_computed():
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.runner.eager_runner import EagerRunner
+
+    fields = ForwardBatch.__dataclass_fields__
+    assert {"rids", "seq_lens_cpu", "extend_seq_lens_cpu", "req_pool_indices"} <= fields.keys()
+    for mode in ("_execute_decode", "_execute_extend"):
+        source = inspect.getsource(getattr(EagerRunner, mode))
+        planned = source.index("attn_backend.init_forward_metadata(forward_batch)")
+        assert source.index("forward_batch = self.load_batch") < planned
+        assert planned < source.index("model_runner.model.forward(")
