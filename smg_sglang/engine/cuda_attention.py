@@ -39,10 +39,12 @@ class CudaAttentionBackend(FlashInferAttnBackend):
         """Raises ConfigError for models whose contexts cannot be streamed on CUDA."""
         flashinfer.check_dtypes(model_runner.dtype, model_runner.kv_cache_dtype)
         super().__init__(model_runner, **stock)
-        if self.num_wrappers != 1 or self.kv_index_translator.reads_are_translated:
+        one_pool = self.num_wrappers == 1 and not self.kv_index_translator.reads_are_translated
+        model = model_runner.model_config
+        if not one_pool or model.head_dim != model.v_head_dim:
             raise ConfigError(
                 "--smg-stream-context on CUDA needs a model that attends all of its context in one "
-                "KV pool: no sliding windows, no encoder; leave it out"
+                "KV pool (no sliding windows, no encoder), with values as wide as keys; leave it out"
             )
         # SGLang's kernels and ours run one after another on the forward stream.
         workspace = self.workspace_buffer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 #: Tokens of a staging buffer. Large enough that merging partial states costs little beside
 #: attending (measured on a CPU: `docs/contexts.md`; on CUDA an estimate: 32 MiB of a layer of
@@ -57,3 +58,8 @@ class Limits:
         SGLang clips what a request may generate to what is left.
         """
         return self.paged(tokens) + min(new, self.device // 8) + self.page + 1 > self.device
+
+
+def new_tokens(req: Any) -> int:
+    """Tokens that the request may still generate."""
+    return max((req.sampling_params.max_new_tokens or 0) - len(req.output_ids), 0)

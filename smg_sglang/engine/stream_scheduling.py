@@ -12,7 +12,8 @@ from http import HTTPStatus
 from typing import Any
 
 from smg_sglang.engine import flags
-from smg_sglang.engine.streams import STREAMED, Stream, Streams, new_tokens
+from smg_sglang.engine.stream_limits import new_tokens
+from smg_sglang.engine.streams import STREAMED, Stream, Streams
 
 Original = Callable[..., Any]
 

@@ -50,7 +50,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from smg_sglang.attention.host import HostReader, HostRun
 from smg_sglang.engine.host_pages import Held
-from smg_sglang.engine.stream_limits import SEGMENT_TOKENS, Limits
+from smg_sglang.engine.stream_limits import SEGMENT_TOKENS, Limits, new_tokens
 from smg_sglang.errors import MemoryUnavailable
 from smg_sglang.transfer.segments import SegmentRing
 from smg_sglang.tree.page_keys import KEY_BYTES, keys_from_hex
@@ -318,8 +318,3 @@ class Streams:
         """End the ring's thread."""
         self.reader.begin()
         self._ring.close()
-
-
-def new_tokens(req: Any) -> int:
-    """Tokens that the request may still generate."""
-    return max((req.sampling_params.max_new_tokens or 0) - len(req.output_ids), 0)

@@ -37,6 +37,11 @@ anybody reuses them         after `LayerLoads.finish(index)`       the last laye
 load reads a page, then     the lease is released after `finish`   the same
 the server reuses it        (or after `cancel` said True)
 two batches of loads        one loader thread, in start order      one load stream, in start order
+a segment lands, then       the reader waits for its copy          the reader's stream waits for the
+attention reads it                                                 event behind the fill
+attention reads a segment,  it has returned before its buffer is   the fill waits for an event that
+then its buffer is filled   given back                             was recorded on the reader's
+                                                                   stream when it was given back
 ==========================  =====================================  ==============================
 
 Spills and loads are not ordered against each other: a page that is being written is leased to

@@ -63,6 +63,7 @@ class World:
             table[row + 2, length - len(slots) : length] = slots
         self.pool = Pool(self.keys)
         self.runner = SimpleNamespace(
+            model_config=SimpleNamespace(head_dim=DIM, v_head_dim=DIM),
             dtype=DTYPE,
             kv_cache_dtype=DTYPE,
             req_to_token_pool=SimpleNamespace(req_to_token=table),
@@ -284,9 +285,27 @@ def test_other_dtypes_are_refused_when_the_server_starts(stock, dtype, kv):
         cuda_attention.CudaAttentionBackend(runner)
 
 
+@pytest.mark.parametrize("windows", [True, False])
+def test_models_of_another_kind_are_refused_when_the_server_starts(stock, windows, monkeypatch):
+    runner = runner_with({"stream_context": True})
+    if windows:
+        init = FlashInferAttnBackend.__init__
+
+        def with_windows(backend, *args, **kwargs):
+            init(backend, *args, **kwargs)
+            backend.num_wrappers = 2
+
+        monkeypatch.setattr(FlashInferAttnBackend, "__init__", with_windows)
+    else:
+        runner.model_config.v_head_dim = DIM // 2
+    with pytest.raises(ConfigError, match="no sliding windows"):
+        cuda_attention.CudaAttentionBackend(runner)
+
+
 def runner_with(config, **more):
     fields = {"device": "cuda", "use_mla_backend": False, "init_new_workspace": False}
     fields |= {"dtype": DTYPE, "kv_cache_dtype": DTYPE}
+    fields |= {"model_config": SimpleNamespace(head_dim=DIM, v_head_dim=DIM)}
     fields |= {"req_to_token_pool": None, "token_to_kv_pool": None}
     args = SimpleNamespace(**{flags.ATTRIBUTE: {"config": config}})
     return SimpleNamespace(server_args=args, **(fields | more))

@@ -30,6 +30,8 @@ def make_args(**changes):
         "prefill_attention_backend": None,
         "decode_attention_backend": None,
         "chunked_prefill_size": None,
+        "allow_auto_truncate": False,
+        "dllm_algorithm": None,
         "dtype": "auto",
         "kv_cache_dtype": "auto",
         "enable_dp_attention": False,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from smg_sglang.engine import host_pages
-from smg_sglang.engine.streams import Limits
+from smg_sglang.engine.stream_limits import Limits
 from smg_sglang.errors import MemoryUnavailable
 from tests.engine.test_host_tier import LAYERS, PAGE, make_world, path_of, slots_at
 

@@ -20,7 +20,7 @@ ARGUMENTS = {
 }
 #: Modules that only workers have imported, or that only the main process will.
 MAIN_ONLY = {"utils.common"}
-WORKER_ONLY = {"managers", "mem_cache"}
+WORKER_ONLY = {"managers", "mem_cache", "model_executor"}
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import torch
 from smg_sglang.attention.host import HostRun
 from smg_sglang.engine import streams as module
 from smg_sglang.engine.host_pages import Held
-from smg_sglang.engine.streams import Limits, Stream, Streams
+from smg_sglang.engine.stream_limits import Limits
+from smg_sglang.engine.streams import Stream, Streams
 
 PAGE, DEVICE = 4, 128
 
