@@ -44,7 +44,7 @@ class CudaAttentionBackend(FlashInferAttnBackend):
         if not one_pool or model.head_dim != model.v_head_dim:
             raise ConfigError(
                 "--smg-stream-context on CUDA needs a model that attends all of its context in one "
-                "KV pool (no sliding windows, no encoder), with values as wide as keys; leave it out"
+                "KV pool (no sliding windows, no encoder), values as wide as keys; leave it out"
             )
         # SGLang's kernels and ours run one after another on the forward stream.
         workspace = self.workspace_buffer
