@@ -21,7 +21,8 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from smg_sglang.config import WritePolicy
 from smg_sglang.engine.linker import SmgLinker
-from smg_sglang.engine.streams import Stream, Streams, activate
+from smg_sglang.engine.stream import Stream
+from smg_sglang.engine.streams import Streams, activate
 from smg_sglang.tree.page_keys import KEY_BYTES, keys_from_hex
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from smg_sglang.attention import flashinfer
 from smg_sglang.attention.batch import KV, Rule
 from smg_sglang.attention.device import DeviceAttention, DevicePlan, slots_of
 from smg_sglang.attention.flashinfer import Wrappers, one_slot_pages
-from smg_sglang.engine.streams import Stream, active
+from smg_sglang.engine.stream import Stream
+from smg_sglang.engine.streams import active
 from smg_sglang.errors import ConfigError
 
 if TYPE_CHECKING:

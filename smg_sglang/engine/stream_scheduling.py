@@ -12,8 +12,9 @@ from http import HTTPStatus
 from typing import Any
 
 from smg_sglang.engine import flags
+from smg_sglang.engine.stream import Stream
 from smg_sglang.engine.stream_limits import new_tokens
-from smg_sglang.engine.streams import STREAMED, Stream, Streams
+from smg_sglang.engine.streams import STREAMED, Streams
 
 Original = Callable[..., Any]
 

@@ -41,15 +41,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
-from smg_sglang.attention.host import HostReader, HostRun
-from smg_sglang.engine.host_pages import Held
+from smg_sglang.attention.host import HostReader
+from smg_sglang.engine.stream import Stream
 from smg_sglang.engine.stream_limits import SEGMENT_TOKENS, Limits, new_tokens
 from smg_sglang.errors import MemoryUnavailable
 from smg_sglang.transfer.segments import SegmentRing
@@ -76,49 +75,6 @@ def activate(streams: Streams) -> None:
     """Make these the process's streams: a worker has one cache."""
     global _active  # noqa: PLW0603  # the backend is built before the cache, and knows no cache
     _active = streams
-
-
-@dataclass(eq=False)
-class Stream:
-    """One streamed request.
-
-    Attributes:
-        table: the streams it is one of.
-        path: page keys of its pages in host memory, from the root.
-        last_hash: SGLang's hex hash of the last of them.
-        held: those pages, in order.
-        resident_from: tokens before this have no device slots any more.
-        host_need: tokens of host memory that it may come to need.
-        shared: whether its pages may be found by others; not after the weights have changed.
-        failure: why its pages could not leave the device, the last time they had to.
-    """
-
-    table: Streams
-    req: Any
-    host_need: int
-    path: bytes = b""
-    last_hash: str | None = None
-    held: list[Held] = field(default_factory=list)
-    resident_from: int = 0
-    shared: bool = True
-    failure: str | None = None
-
-    @property
-    def host_pages(self) -> int:
-        return len(self.path) // KEY_BYTES
-
-    @property
-    def runs(self) -> list[HostRun]:
-        """What attention reads from host memory: exactly the tokens before `resident_from`."""
-        runs, missing = [], self.resident_from
-        for part in self.held:
-            pages = min(part.num_pages, missing // part.run.page_size)
-            if pages == part.num_pages:
-                runs.append(part.run)
-            elif pages:
-                runs.append(HostRun(part.run.arena, part.run.offsets[:pages], part.run.page_size))
-            missing -= pages * part.run.page_size
-        return runs
 
 
 class Streams:

@@ -189,10 +189,12 @@ def test_latent_attention_is_streamed_on_a_cpu_only(device, monkeypatch):
     from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.mem_cache import kv_cache_builder
 
-    model = SimpleNamespace(is_hybrid_swa=False, attention_arch=AttentionArch.MLA)
+    model = SimpleNamespace(
+        is_hybrid_swa=False, attention_arch=AttentionArch.MLA, hf_text_config=SimpleNamespace()
+    )
     monkeypatch.setattr(model_override_base, "model_config_of", lambda _: model)
     monkeypatch.setattr(kv_cache_builder, "uses_ssm_state", lambda _: False)
-    record = make_args(device=device)
+    record = make_args(device=device, chunked_prefill_size=2048, is_embedding=False)
     flags.configure(record, STREAMS, origin="engine")
     if device == "cpu":
         flags.refuse_model(record)

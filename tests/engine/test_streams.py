@@ -12,8 +12,9 @@ import torch
 from smg_sglang.attention.host import HostRun
 from smg_sglang.engine import streams as module
 from smg_sglang.engine.host_pages import Held
+from smg_sglang.engine.stream import Stream
 from smg_sglang.engine.stream_limits import Limits
-from smg_sglang.engine.streams import Stream, Streams
+from smg_sglang.engine.streams import Streams
 
 PAGE, DEVICE = 4, 128
 
@@ -24,7 +25,7 @@ class Pages:
     def __init__(self):
         self.kept = []
 
-    def keep(self, path, first, slots):
+    def keep(self, path, first, slots, shared=True):
         self.kept.append(slots.tolist())
         pages = slots.numel() // PAGE
         run = HostRun(np.zeros(1, np.uint8), np.arange(first, first + pages), PAGE)
@@ -148,7 +149,7 @@ def test_what_host_memory_does_not_take_stays(monkeypatch):
     table = Table(on_cuda=True)
     stream = table.begin("a", 1)
 
-    def full(path, first, slots):
+    def full(path, first, slots, shared):
         raise module.MemoryUnavailable("full")
 
     monkeypatch.setattr(table._pages, "keep", full)

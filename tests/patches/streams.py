@@ -16,7 +16,9 @@ from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from smg_sglang.engine import stream_scheduling
-from smg_sglang.engine.streams import STREAMED, Limits, Stream, Streams
+from smg_sglang.engine.stream import Stream
+from smg_sglang.engine.stream_limits import Limits
+from smg_sglang.engine.streams import STREAMED, Streams
 
 # A stream computes at most half of the device at once, and keeps a tail of 64 tokens on it.
 DEVICE, PAGE, HOST = 1024, 16, 8192
