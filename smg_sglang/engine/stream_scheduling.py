@@ -13,7 +13,7 @@ from typing import Any
 
 from smg_sglang.engine import flags
 from smg_sglang.engine.stream import Stream
-from smg_sglang.engine.stream_limits import new_tokens
+from smg_sglang.engine.stream_limits import Limits, new_tokens
 from smg_sglang.engine.streams import STREAMED, Streams
 
 Original = Callable[..., Any]
@@ -106,6 +106,7 @@ def admit(streams: Streams, adder: Any, req: Any, has_chunked_req: bool) -> Any:
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     if not streams.needs(req) or adder.rem_chunk_tokens is None:
+        _make_room(streams, adder, req)
         return None
     if has_chunked_req or adder.new_chunked_req is not None:
         # SGLang computes one prompt in chunks at a time.
@@ -121,6 +122,17 @@ def admit(streams: Streams, adder: Any, req: Any, has_chunked_req: bool) -> Any:
     return adder.budget_state()
 
 
+def _make_room(streams: Streams, adder: Any, req: Any) -> None:
+    """What streams keep on the device beside host memory goes where an ordinary request would have
+    to wait for it."""
+    if not streams.keep_resident:
+        return
+    known = len(req.full_untruncated_fill_ids or req.origin_input_ids)
+    wanted = streams.limits.paged(known - req.prefix_len + new_tokens(req)) + streams.limits.page
+    if wanted > min(adder.rem_total_tokens, adder.cur_rem_tokens):
+        streams.leave_device()
+
+
 def _waits_for_host(streams: Streams, adder: Any, req: Any) -> bool:
     """Whether other streams have the host memory that it needs: it keeps its place, and ordinary
     requests go on. Later streams do not overtake it. Alone it runs, whatever there is."""
@@ -133,7 +145,14 @@ def _waits_for_host(streams: Streams, adder: Any, req: Any) -> bool:
 
 def _room(streams: Streams, adder: Any) -> int:
     """Tokens of the device that a stream's chunk may take now, in whole pages."""
-    limits = streams.limits
+    room = _free_room(streams.limits, adder)
+    if room < streams.limits.page and streams.keep_resident:
+        streams.leave_device()
+        room = _free_room(streams.limits, adder)
+    return room
+
+
+def _free_room(limits: Limits, adder: Any) -> int:
     free = int(min(adder.rem_total_tokens, adder.cur_rem_tokens)) - limits.page - limits.tail
     return min(limits.chunk, free // limits.page * limits.page)
 

@@ -219,6 +219,16 @@ class Streams:
         if least <= page and stream.failure is None:
             self._free_until(stream, stream.host_pages * page)
 
+    @property
+    def keep_resident(self) -> bool:
+        """Whether there are streams, and they keep some of what host memory has on the device."""
+        return len(self) > 0 and self.limits.resident > 0
+
+    def leave_device(self) -> None:
+        """Free the slots of all that host memory has, since others wait for them."""
+        for stream in self:
+            self._free_until(stream, stream.host_pages * self.limits.page)
+
     def weights_changed(self) -> None:
         """What open streams compute from now on rests on former weights."""
         for stream in self:

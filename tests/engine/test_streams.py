@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from smg_sglang.attention.host import HostRun
+from smg_sglang.engine import stream_scheduling
 from smg_sglang.engine import streams as module
 from smg_sglang.engine.host_pages import Held
 from smg_sglang.engine.stream import Stream
@@ -143,6 +144,51 @@ def test_where_slots_are_short_nothing_stays_that_host_memory_has():
     table.leave_tail(stream, PAGE)
     assert stream.resident_from == 80
     table.check(stream, 82)
+
+
+class Adder:
+    """A prefill adder, of whose budgets `free` tokens are left beside what the table frees."""
+
+    can_run_list, prefill_max_requests, rem_chunk_tokens, new_chunked_req = (), None, 64, None
+
+    def __init__(self, table, free):
+        self._table, self._free = table, free
+        self.tree_cache = SimpleNamespace(streams=table)
+
+    @property
+    def rem_total_tokens(self):
+        return self._free + len(self._table.freed)
+
+    cur_rem_tokens = rem_total_tokens
+
+
+def ordinary(tokens):
+    params = SimpleNamespace(max_new_tokens=8)
+    return SimpleNamespace(rid="b", full_untruncated_fill_ids=[0] * tokens, prefix_len=0,
+                           sampling_params=params, output_ids=[])  # fmt: skip
+
+
+@pytest.mark.parametrize(("tokens", "stays"), [(20, True), (40, False)])
+def test_what_stays_goes_where_an_ordinary_request_would_wait_for_it(tokens, stays):
+    table = Table(on_cuda=True)
+    stream = table.begin("a", 1)
+    table.compute(stream, 0, DEVICE // 4)
+    table.checkpoint(stream, DEVICE // 4)
+    assert stream.resident_from == 0
+    verdict = stream_scheduling.admit(table, Adder(table, 40), ordinary(tokens), False)
+    assert verdict is None  # SGLang decides
+    assert stream.resident_from == (0 if stays else DEVICE // 4)
+    table.check(stream, DEVICE // 4)
+
+
+def test_what_stays_goes_where_a_streams_own_chunk_would_wait_for_it():
+    table = Table(on_cuda=True)
+    stream = table.begin("a", 1)
+    table.compute(stream, 0, DEVICE // 4)
+    table.checkpoint(stream, DEVICE // 4)
+    adder = Adder(table, 2 * PAGE)
+    assert stream_scheduling.chunk_limit(table, adder, stream.req) == DEVICE // 4 - PAGE
+    assert stream.resident_from == DEVICE // 4
 
 
 def test_what_host_memory_does_not_take_stays(monkeypatch):
