@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from importlib.util import find_spec
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
 from smg_sglang.box import GIB, BoxMemory, box_memory
-from smg_sglang.doctor.finding import Finding, Verdict
+from smg_sglang.doctor.finding import Finding, Verdict, first_line, wrong
 from smg_sglang.doctor.limits import look_at_limits, look_at_memory
+from smg_sglang.doctor.link import Link
 from smg_sglang.doctor.recommend import Recommendation, recommend
 from smg_sglang.doctor.software import look_at_software
 
@@ -20,10 +20,10 @@ _STYLES = {Verdict.OK: "green", Verdict.ADVICE: "yellow", Verdict.WRONG: "red"}
 
 
 class Report(msgspec.Struct, frozen=True):
-    """All of it, as `--json` prints it. `links`: see `devices.Link`."""
+    """All of it, as `--json` prints it. `links`: see `link.Link`."""
 
     findings: list[Finding]
-    links: list[dict[str, float | str]]
+    links: list[Link]
     recommended: Recommendation
     fine: bool
 
@@ -43,26 +43,27 @@ def examine() -> Report:
     """Look at everything. Takes a few seconds: torch is imported, and copies are timed."""
     findings = [*look_at_software(), *look_at_memory()]
     box = box_memory()
-    links: list[dict[str, float | str]] = []
-    recommended = recommend(box, [])
-    if find_spec("torch") is not None:
-        links, recommended = _measure(findings, box)
-    pins = any(str(link["device"]).startswith("cuda") for link in links)
-    findings += look_at_limits(int(recommended.host_gb * GIB), pins=pins)
+    links, cuda = _measure(findings, box)
+    recommended = recommend(box, links, cuda=cuda)
+    findings += look_at_limits(int(recommended.host_gb * GIB), pins=cuda)
     fine = all(finding.verdict is not Verdict.WRONG for finding in findings)
     return Report(findings, links, recommended, fine)
 
 
-def _measure(
-    findings: list[Finding], box: BoxMemory
-) -> tuple[list[dict[str, float | str]], Recommendation]:
-    # Only here: without torch there still is something to say.
-    from smg_sglang.doctor.devices import look_at_devices, try_to_measure
-
+def _measure(findings: list[Finding], box: BoxMemory) -> tuple[list[Link], bool]:
+    """The links, as far as they can be measured, and whether there is CUDA."""
+    try:
+        # Only here: without torch, or with a broken one, there still is something to say.
+        from smg_sglang.doctor.devices import cuda_available, look_at_devices, try_to_measure
+    except (ImportError, OSError) as error:
+        if not any(f.what == "torch" and f.verdict is Verdict.WRONG for f in findings):
+            found = f"cannot be imported: {first_line(error)}"
+            findings.append(wrong("torch", found, "pip install --force-reinstall torch"))
+        return [], False
     findings += look_at_devices()
     links, told = try_to_measure(box.available)
     findings += told
-    return [msgspec.to_builtins(link) for link in links], recommend(box, links)
+    return links, cuda_available()
 
 
 def _print(report: Report, console: Console) -> None:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
-import msgspec
 import numpy as np
 import torch
 
-from smg_sglang.doctor.finding import Finding, advice, wrong
+from smg_sglang.doctor.finding import Finding, advice, first_line, wrong
+from smg_sglang.doctor.link import Link
 
 _REPEATS = 7
 _MOST_BYTES = 256 << 20
@@ -23,25 +23,14 @@ _SLOW_LINK_GBPS = 2.0
 _PORTABLE_AND_MAPPED = 3
 
 
-class Link(msgspec.Struct, frozen=True):
-    """What was measured, in 10^9 bytes/s; medians.
-
-    Attributes:
-        device: "cuda:0", or "cpu", where both ends are host memory.
-        to_device_gbps, to_host_gbps: one copy at a time, from and to page-locked memory on CUDA,
-            one thread on a CPU.
-        prepare_gbps: page-locking memory for CUDA; on a CPU the first use of it.
-    """
-
-    device: str
-    to_device_gbps: float
-    to_host_gbps: float
-    prepare_gbps: float
+def cuda_available() -> bool:
+    """Whether a server would run on CUDA."""
+    return bool(torch.cuda.is_available())
 
 
 def look_at_devices() -> Iterator[Finding]:
     """What torch sees."""
-    if not torch.cuda.is_available():
+    if not cuda_available():
         if any(Path("/dev").glob("nvidia[0-9]*")):
             yield wrong(
                 "accelerator",
@@ -68,7 +57,7 @@ def measure_links(available_bytes: int) -> list[Link]:
         available_bytes: host memory that is free; an eighth of it is used at most.
     """
     size = max(1 << 12, min(_MOST_BYTES, available_bytes // 8))
-    if not torch.cuda.is_available():
+    if not cuda_available():
         return [_cpu_link(size)]
     return [_cuda_link(index, size) for index in range(torch.cuda.device_count())]
 
@@ -96,8 +85,8 @@ def try_to_measure(available_bytes: int) -> tuple[list[Link], list[Finding]]:
     try:
         links = measure_links(available_bytes)
     except (RuntimeError, OSError, MemoryError) as error:
-        first = str(error).splitlines()[0]
-        return [], [wrong("link", f"could not be measured: {first}", "see that the device is free")]
+        found = f"could not be measured: {first_line(error)}"
+        return [], [wrong("link", found, "see that the device is free")]
     return links, [finding for link in links for finding in judge(link)]
 
 

@@ -24,6 +24,11 @@ class Finding(msgspec.Struct, frozen=True):
     mend: str | None = None
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, as far as it fits a table; its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def advice(what: str, found: str, mend: str) -> Finding:
     """It could be better."""
     return Finding(what, found, Verdict.ADVICE, mend)

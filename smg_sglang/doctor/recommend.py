@@ -5,8 +5,15 @@ from __future__ import annotations
 import msgspec
 
 from smg_sglang.box import GIB, BoxMemory
-from smg_sglang.config import DEFAULT_EVICTION, DEFAULT_SHARE, EvictionName, SmgConfig, WritePolicy
-from smg_sglang.doctor.devices import Link
+from smg_sglang.config import (
+    DEFAULT_EVICTION,
+    DEFAULT_SHARE,
+    MIN_HOST_GB,
+    EvictionName,
+    SmgConfig,
+    WritePolicy,
+)
+from smg_sglang.doctor.link import Link
 
 _SLOW_SPILLS_GBPS = 1.0
 
@@ -29,9 +36,13 @@ class Recommendation(msgspec.Struct, frozen=True):
         )
 
 
-def recommend(box: BoxMemory, links: list[Link]) -> Recommendation:
-    """The defaults, fitted to this machine."""
-    cuda = any(link.device.startswith("cuda") for link in links)
+def recommend(box: BoxMemory, links: list[Link], *, cuda: bool) -> Recommendation:
+    """The defaults, fitted to this machine.
+
+    Args:
+        links: none where none could be measured.
+        cuda: whether a server would run on CUDA.
+    """
     share = DEFAULT_SHARE["cuda" if cuda else "cpu"]
     reasons = [
         f"host memory: {share:.0%} of what is free; the rest is for weights, "
@@ -45,7 +56,8 @@ def recommend(box: BoxMemory, links: list[Link]) -> Recommendation:
         write_policy = WritePolicy.SELECTIVE
         reasons.append("write policy: the link is slow, so only what is used twice is copied")
     return Recommendation(
-        host_gb=float(f"{box.available / GIB * share:.3g}"),
+        # A server takes no less than this.
+        host_gb=max(MIN_HOST_GB, float(f"{box.available / GIB * share:.3g}")),
         page_size=SmgConfig().page_size,
         eviction_policy=DEFAULT_EVICTION,
         write_policy=write_policy,

@@ -57,10 +57,11 @@ def _plugin(environment: Mapping[str, str]) -> Finding:
         return wrong(
             what, f"shut out by SGLANG_PLUGINS={','.join(sorted(allowed))}", "add smg to it"
         )
-    if environment.get("SMG_ENABLE", "0") == "1":
+    enabled = environment.get("SMG_ENABLE", "0")
+    if enabled.lower() in ("1", "true"):
         return advice(
             what,
-            "switched on by SMG_ENABLE=1",
+            f"switched on by SMG_ENABLE={enabled}",
             "nothing, if every sglang.Engine here shall use it; else unset SMG_ENABLE",
         )
     return Finding(what, "found")

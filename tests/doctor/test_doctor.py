@@ -2,14 +2,18 @@
 
 import json
 import resource
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError
 
 import pytest
 
 from smg_sglang.box import GIB, BoxMemory
+from smg_sglang.config import MIN_HOST_GB
 from smg_sglang.doctor import cli, devices, limits, software
-from smg_sglang.doctor.devices import Link, judge, measure_links
+from smg_sglang.doctor.devices import judge, measure_links
 from smg_sglang.doctor.finding import Finding, Verdict, wrong
+from smg_sglang.doctor.link import Link
 from smg_sglang.doctor.recommend import recommend
 
 
@@ -116,6 +120,8 @@ def test_another_or_no_sglang_is_wrong(monkeypatch, have, verdict, mend):
         ({"SGLANG_PLUGINS": "other"}, Verdict.WRONG),
         ({"SGLANG_PLUGINS": "other, smg"}, Verdict.OK),
         ({"SMG_ENABLE": "1"}, Verdict.ADVICE),
+        ({"SMG_ENABLE": "True"}, Verdict.ADVICE),
+        ({"SMG_ENABLE": "0"}, Verdict.OK),
     ],
 )
 def test_whether_sglang_will_find_us(environment, verdict):
@@ -152,9 +158,45 @@ def test_a_device_that_refuses_is_a_finding(monkeypatch):
 
 def test_a_gpu_machine_gets_half_of_its_memory_and_a_cpu_machine_a_quarter():
     box = BoxMemory(128 * GIB, 100 * GIB)
-    assert recommend(box, [Link("cuda:0", 50.0, 50.0, 2.0)]).host_gb == 50
-    assert recommend(box, [Link("cpu", 10.0, 10.0, 1.0)]).host_gb == 25
-    assert recommend(box, [Link("cuda:0", 0.9, 0.9, 2.0)]).write_policy == "selective"
+    assert recommend(box, [Link("cuda:0", 50.0, 50.0, 2.0)], cuda=True).host_gb == 50
+    assert recommend(box, [Link("cpu", 10.0, 10.0, 1.0)], cuda=False).host_gb == 25
+    assert recommend(box, [Link("cuda:0", 0.9, 0.9, 2.0)], cuda=True).write_policy == "selective"
+
+
+def test_no_less_is_recommended_than_a_server_takes():
+    assert recommend(BoxMemory(GIB, GIB // 100), [], cuda=False).host_gb == MIN_HOST_GB
+
+
+def test_a_gpu_whose_link_cannot_be_measured_still_is_one(monkeypatch):
+    monkeypatch.setattr(devices, "cuda_available", lambda: True)
+    monkeypatch.setattr(devices, "look_at_devices", lambda: [])
+    monkeypatch.setattr(devices, "try_to_measure", lambda _: ([], []))
+    assert cli._measure([], BoxMemory(GIB, GIB)) == ([], True)
+
+
+WITHOUT_TORCH = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise {error}("libtorch.so is broken\\nmore")
+
+sys.meta_path.insert(0, Blocked())
+from smg_sglang.doctor.cli import main
+sys.exit(main(["--json"]))
+"""
+
+
+@pytest.mark.parametrize("error", ["ImportError", "OSError"])
+def test_a_torch_that_cannot_be_imported_is_a_finding(error):
+    code = WITHOUT_TORCH.format(error=error)
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    assert ended.returncode == 1, ended.stderr.decode()
+    report = json.loads(ended.stdout)
+    (found,) = [f for f in report["findings"] if f["verdict"] == "wrong" and f["what"] == "torch"]
+    assert found["found"] == "cannot be imported: libtorch.so is broken"
+    assert report["links"] == [] and report["recommended"]["host_gb"] > 0
 
 
 def test_the_command_prints_json_and_says_by_its_code_that_all_is_fine(capfdbinary):
