@@ -299,6 +299,7 @@ def config_from_env() -> dict[str, Any] | None:
         "decode_devices": str,
         "split_tokens": int,
         "stream_context": _read_bool,
+        "allow_untested_sglang": _read_bool,
     }
     names = {"memory_address": "SMG_MEMORY"}
     found: dict[str, Any] = {}

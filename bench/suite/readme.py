@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from bench.suite.figures import Line, figure_from, lines
+from bench.suite.parts import parts
 from bench.suite.records import RESULTS, Record, latest
 
 README = Path(__file__).parents[2] / "README.md"
@@ -45,13 +46,16 @@ def headline(records: Sequence[Record]) -> str:
 
 
 def failures(records: Sequence[Record]) -> list[str]:
-    """Parts that did not end well, one line each."""
-    return [
-        f"- {part['name']}: {part['status']} ({record['machine']['date'][:16]})"
+    """Parts that did not end well, or that no run has, one line each with the reason."""
+    ran = {part["name"] for record in records for part in record["parts"]}
+    failed = [
+        f"- {part['name']}: {part['status']}, {part['detail'] or 'no reason given'} "
+        f"({record['machine']['date'][:16]})"
         for record in records
         for part in record["parts"]
         if part["status"] != "ok"
     ]
+    return failed + [f"- {part.name}: not run" for part in parts() if part.name not in ran]
 
 
 def render(records: Sequence[Record]) -> str:
@@ -64,7 +68,7 @@ def render(records: Sequence[Record]) -> str:
     ]
     said = [headline(records), "", *table(lines(runs))]
     if failed := failures(records):
-        said += ["", "Not measured:", "", *failed]
+        said += ["", "Did not end well, or was not run:", "", *failed]
     return "\n".join(said)
 
 

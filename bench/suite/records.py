@@ -33,9 +33,21 @@ def append(record: Record, results: Path = RESULTS) -> Path:
 
 
 def latest(results: Path = RESULTS) -> list[Record]:
-    """The runs of the newest folder that has any: the full ones, or else the quick ones."""
-    for folder in sorted(results.glob("*/"), reverse=True):
-        for kind in ("full", "quick"):
-            if paths := sorted(folder.glob(f"*-{kind}.json")):
-                return [json.loads(path.read_text()) for path in paths]
+    """The runs of the newest day and machine that has any: the full ones, else the quick ones."""
+    paths = [path for path in results.glob("*/*.json") if _kind(path) in ("full", "quick")]
+    if not paths:
+        return []
+    newest = max(paths, key=_when).parent
+    for kind in ("full", "quick"):
+        if found := sorted(path for path in newest.glob("*.json") if _kind(path) == kind):
+            return [json.loads(path.read_text()) for path in found]
     return []
+
+
+def _kind(path: Path) -> str:
+    return path.stem.partition("-")[2]
+
+
+def _when(path: Path) -> tuple[str, str]:
+    """Day and time of day."""
+    return path.parent.name[:10], path.stem

@@ -274,9 +274,8 @@ def run_server(
     reaches the whole group) and remove the directory at the end.
     """
     server = MemoryServer(address, host_bytes, pretouch=pretouch, eviction=eviction)
-    signal.signal(signal.SIGTERM, lambda *_: server.stop())
+    _stop_at_signals(server, signal.SIGTERM, *([signal.SIGINT] if parent_fd is None else []))
     if parent_fd is None:
-        signal.signal(signal.SIGINT, lambda *_: server.stop())
         log.info(
             "%.2f GiB of host memory, evicted by %s, address %s",
             host_bytes / GIB,
@@ -291,6 +290,16 @@ def run_server(
         os.write(parent_fd, READY)
     server.run()
     shutil.rmtree(address.directory, ignore_errors=True)
+
+
+def _stop_at_signals(server: MemoryServer, *signals: int) -> None:
+    """End `run` at one of these. A handler in Python alone would not do: a signal that comes just
+    before the poll blocks is handled when the poll returns, which may be never."""
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    server.watch(reader)
+    signal.set_wakeup_fd(writer)
+    for number in signals:
+        signal.signal(number, lambda *_: server.stop())
 
 
 def _check_version(version: int) -> None:

@@ -71,7 +71,7 @@ def test_the_table_has_machine_versions_date_medians_and_what_failed():
     text = readme.render([record(1.0), record(3.0), record(status="timed out")])
     assert "2026-11-24" in text and "SGLang 0.5.23" in text and "AMD EPYC" in text
     assert "| w | time | 2.00 s [2.00 s .. 2.00 s] | 2.00 s [1.00 s .. 3.00 s] |" in text
-    assert "- p: timed out (2026-11-24T12:00)" in text
+    assert "- p: timed out, no reason given (2026-11-24T12:00)" in text
 
 
 def test_only_what_is_between_the_markers_is_replaced():
