@@ -53,7 +53,7 @@ def read_sessions(pieces: Iterable[Piece], gap_s: float = 0.0) -> list[Request]:
 def _session(piece: Piece, index: int, start_s: float) -> Iterator[Request]:
     try:
         session = msgspec.json.decode(piece.data, type=Session)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise piece.error(f"is no session: {error}") from error
     offset = index << _LOCAL_BITS if session.hash_id_scope == "local" else 0
     name = session.id or f"session {index}"

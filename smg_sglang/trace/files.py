@@ -12,6 +12,9 @@ from typing import IO, NamedTuple, cast
 
 from smg_sglang.errors import TraceError
 
+#: What a gzip file begins with, whatever it is called.
+_GZIP = b"\x1f\x8b"
+_ENDINGS = (".json", ".json.gz")
 _BROKEN = (OSError, EOFError, zlib.error, tarfile.TarError)
 
 
@@ -54,7 +57,8 @@ def whole(path: Path) -> Piece:
 
 
 def members(path: Path) -> Iterator[Piece]:
-    """Each `*.json` of a directory or tar archive, by name; a README or licence beside is none.
+    """Each `*.json` and `*.json.gz` of a directory or tar archive, by name; a README or licence
+    beside is none.
 
     Raises TraceError where one cannot be read.
     """
@@ -64,12 +68,21 @@ def members(path: Path) -> Iterator[Piece]:
         return
     try:
         with tarfile.open(path) as archive:
-            inside = [m for m in archive.getmembers() if m.isfile() and m.name.endswith(".json")]
+            inside = [m for m in archive.getmembers() if m.isfile() and m.name.endswith(_ENDINGS)]
             for member in sorted(inside, key=lambda m: m.name):
                 data = cast(IO[bytes], archive.extractfile(member)).read()
-                yield Piece(str(path), f"member {member.name}", data)
+                yield _unpacked(Piece(str(path), f"member {member.name}", data))
     except _BROKEN as error:
         raise TraceError(str(path), None, f"cannot be read: {error}") from error
+
+
+def _unpacked(piece: Piece) -> Piece:
+    if not piece.data.startswith(_GZIP):
+        return piece
+    try:
+        return piece._replace(data=gzip.decompress(piece.data))
+    except _BROKEN as error:
+        raise piece.error(f"cannot be read: {error}") from error
 
 
 def _is_tar(path: Path) -> bool:
@@ -83,7 +96,7 @@ def _is_tar(path: Path) -> bool:
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """The file's bytes, unpacked where they begin like gzip (whatever the file is called)."""
     with path.open("rb") as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
+        packed = raw.read(2) == _GZIP
         raw.seek(0)
         if not packed:
             yield raw

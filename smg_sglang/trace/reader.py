@@ -44,7 +44,11 @@ def read_trace(
 
     Raises:
         TraceError: at the first thing that is wrong; nothing is left out.
+        ValueError: `block_tokens` or `scale_to` is below 1.
     """
+    for name, tokens in (("block_tokens", block_tokens), ("scale_to", scale_to)):
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"{name} must be 1 at least, not {tokens}")
     path = Path(path)
     if not path.exists():
         raise TraceError(str(path), None, "there is no such file")
@@ -87,7 +91,7 @@ def sniff(path: Path) -> TraceFormat:
         raise TraceError(str(path), None, "is empty")
     try:
         fields = msgspec.json.decode(first.data, type=dict[str, msgspec.Raw]).keys()
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         # A session may be printed over several lines.
         if first.data.strip() in (b"{", b"["):
             return TraceFormat.AGENTS
@@ -116,10 +120,11 @@ def _read(
 
 
 def _row_reader(format: TraceFormat, block_tokens: int | None) -> RowReader:
+    given = {} if block_tokens is None else {"block_tokens": block_tokens}
     match format:
         case TraceFormat.MOONCAKE:
-            return Mooncake(block_tokens or 512)
+            return Mooncake(**given)
         case TraceFormat.BAILIAN:
-            return Bailian(block_tokens or 16)
+            return Bailian(**given)
         case _:
             return Tokens()

@@ -1,7 +1,9 @@
 """A trace that is wrong somewhere says where and why, and nothing of it is left out in silence."""
 
 import gzip
+import io
 import json
+import tarfile
 
 import pytest
 from hypothesis import given
@@ -124,6 +126,31 @@ def test_a_file_of_no_known_format_is_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(TraceError):
         load_trace(path)
+
+
+def test_text_that_is_no_utf8_is_an_error_with_its_place(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'{"\xff": 1, "requests": [], "id": "\xff"}\n')
+    with pytest.raises(TraceError, match="line 1: is no JSON object"):
+        load_trace(path)
+    with pytest.raises(TraceError, match="is no session"):
+        load_trace(path, "agents")
+
+
+def test_a_cut_member_is_named(tmp_path):
+    data = gzip.compress(json.dumps(session("a", call())).encode())
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        info = tarfile.TarInfo("a.json.gz")
+        info.size = len(data) - 9
+        archive.addfile(info, io.BytesIO(data[:-9]))
+    with pytest.raises(TraceError, match=r"member a\.json\.gz: cannot be read"):
+        load_trace(tmp_path / "s.tar")
+
+
+@pytest.mark.parametrize("wrong", [{"block_tokens": 0}, {"scale_to": 0}, {"block_tokens": -16}])
+def test_blocks_of_no_token_are_refused(tmp_path, wrong):
+    with pytest.raises(ValueError, match="must be 1 at least"):
+        load_trace(write_lines(tmp_path / "t.jsonl", mooncake()), **wrong)
 
 
 def test_a_missing_file_is_refused(tmp_path):

@@ -1,7 +1,9 @@
 """Every published format becomes the same kind of request."""
 
 import gzip
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -63,6 +65,17 @@ def test_tokens_behind_the_last_whole_block_of_a_session_are_known_to_nobody(tmp
 def test_sessions_can_begin_one_after_another(tmp_path):
     path = write_tar(tmp_path / "s.tgz", a=session("a", call(1.0)), b=session("b", call(0.0)))
     assert [r.arrival_s for r in load_trace(path, session_gap_s=30.0)] == [1.0, 30.0]
+
+
+def test_packed_members_of_an_archive_are_read_like_the_others(tmp_path):
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, pack in (("a.json", bytes), ("b.json.gz", gzip.compress), ("c", gzip.compress)):
+            data = pack(json.dumps(session(name, call())).encode())
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    assert [request.session for request in load_trace(path)] == ["a.json", "b.json.gz"]
 
 
 def test_a_directory_and_a_single_session_are_read_like_an_archive(tmp_path):
