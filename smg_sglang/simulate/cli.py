@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 from rich.console import Console
@@ -16,12 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from smg_sglang.config import DEFAULT_EVICTION, EvictionName, WritePolicy
 from smg_sglang.errors import ConfigError, SmgError
 from smg_sglang.simulate import bounds
+from smg_sglang.simulate import options as types
 from smg_sglang.simulate.model import MODELS, model_cost
 from smg_sglang.simulate.plot import plot_sweep
-from smg_sglang.simulate.report import block_table, run_table, sweep_table
+from smg_sglang.simulate.report import block_table, refused, run_table, sweep_table
 from smg_sglang.simulate.run import simulate
 from smg_sglang.simulate.settings import Settings
-from smg_sglang.simulate.sweep import run_sweep, write_csv
+from smg_sglang.simulate.sweep import Sweep, run_sweep, write_csv
 from smg_sglang.trace import Request, TraceFormat, load_trace
 
 #: (10^12 FLOP/s, 10^9 bytes/s, ms a token). The first was measured with `make bench` on 2 cores of
@@ -32,13 +34,31 @@ _ESTIMATE = (400.0, 50.0, 20.0)
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 2 for a wrong choice or a bad trace, in one sentence."""
-    options = _parser().parse_args(arguments)
     try:
-        _run(options, Console())
+        _run(_parse(arguments), Console())
     except (SmgError, OSError) as error:
         print(f"smg_sglang simulate: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    options = _parser().parse_args(arguments)
+    if options.json is not None:
+        # Now, not after minutes of work.
+        _check_writable(options.json)
+    if options.sweep is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise ConfigError(f"--json {path} is a folder: name a file in it.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--json {path}: there is no folder {path.parent}; create it.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--json {path} cannot be written: choose another path.")
 
 
 def _run(options: argparse.Namespace, console: Console) -> None:
@@ -51,7 +71,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     )[: options.limit]
     title = Path(options.trace).name
     policies = _policies(options.policy)
-    if options.blocks:
+    if options.blocks is not None:
         result: Any = _blocks(requests, policies, options.blocks, title, console)
     elif options.sweep is not None or len(policies) > 1:
         result = _sweep(options, requests, policies, title, console)
@@ -60,9 +80,11 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         with _progress(len(requests)) as tell:
             result = simulate(requests, settings, lambda done: tell("requests", done))
         console.print(run_table(result, title))
-    if options.json:
+    if options.json is not None:
         data = msgspec.json.format(msgspec.json.encode(result))
-        Path(options.json).write_bytes(data + b"\n")
+        options.json.write_bytes(data + b"\n")
+    if isinstance(result, Sweep) and options.sweep is not None:
+        _draw(result, title, _stem(options, title).with_suffix(".png"), console)
 
 
 def _sweep(
@@ -71,19 +93,34 @@ def _sweep(
     policies: list[EvictionName],
     title: str,
     console: Console,
-) -> Any:
+) -> Sweep:
     sizes = options.sweep if options.sweep is not None else [options.host_gb]
     with _progress(len(requests)) as tell:
         settings = _settings(options, policies[0])
         result = run_sweep(requests, settings, policies, sizes or None, tell)
     console.print(sweep_table(result, title))
+    if told := refused(result):
+        console.print(told, soft_wrap=True)
     if options.sweep is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        stem = options.out / f"{title.split('.', maxsplit=1)[0]}_sweep"
-        write_csv(result, stem.with_suffix(".csv"))
-        plot_sweep(result, title, stem.with_suffix(".png"))
-        console.print(f"written: {stem}.csv, {stem}.png", soft_wrap=True)
+        path = _stem(options, title).with_suffix(".csv")
+        write_csv(result, path)
+        console.print(f"written: {path}", soft_wrap=True)
     return result
+
+
+def _stem(options: argparse.Namespace, title: str) -> Path:
+    out: Path = options.out
+    return out / f"{title.split('.', maxsplit=1)[0]}_sweep"
+
+
+def _draw(sweep: Sweep, title: str, path: Path, console: Console) -> None:
+    """Last, when the figures are safe: the picture is the least of them."""
+    try:
+        plot_sweep(sweep, title, path)
+    except ConfigError as error:
+        print(f"smg_sglang simulate: warning: {error}", file=sys.stderr)
+    else:
+        console.print(f"written: {path}", soft_wrap=True)
 
 
 def _blocks(
@@ -96,6 +133,8 @@ def _blocks(
     """Single levels of so many blocks, counting block references as analyses of traces do."""
     paths = bounds.block_paths(requests)
     total = bounds.units(paths)
+    if not total:
+        raise ConfigError("--blocks: the trace refers to no block.")
     runs = bounds.make_runs(paths)
     rows: list[tuple[int, dict[str, float]]] = []
     for size in sizes:
@@ -124,8 +163,8 @@ def _settings(options: argparse.Namespace, policy: EvictionName) -> Settings:
         write_policy=WritePolicy(options.write_policy),
         chunk_tokens=options.chunk_tokens,
         max_running=options.max_running,
-        tflops=options.tflops or tflops,
-        link_gbps=options.link_gbps or link_gbps,
+        tflops=tflops if options.tflops is None else options.tflops,
+        link_gbps=link_gbps if options.link_gbps is None else options.link_gbps,
         itl_ms=itl_ms if options.itl_ms is None else options.itl_ms,
         closed=options.closed,
         time_scale=options.time_scale,
@@ -134,15 +173,10 @@ def _settings(options: argparse.Namespace, policy: EvictionName) -> Settings:
 
 
 def _checked(settings: Settings) -> Settings:
-    for name in ("page_size", "chunk_tokens", "max_running", "tflops", "link_gbps", "time_scale"):
-        if not getattr(settings, name) > 0:
-            raise ConfigError(f"--{name.replace('_', '-')} must be above 0.")
     if settings.device_pages < 2:
         raise ConfigError("--device-tokens must be two pages at least.")
     if settings.chunk_tokens < settings.page_size:
         raise ConfigError("--chunk-tokens must be a page at least.")
-    if not settings.host_gb >= 0 or not settings.itl_ms >= 0:
-        raise ConfigError("--host-gb and --itl-ms must not be negative.")
     return settings
 
 
@@ -174,16 +208,15 @@ def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
         yield tell
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",") if part]
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong as all else here does: in one sentence."""
 
-
-def _counts(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m smg_sglang simulate",
         description="Replay a trace through the server's own trees and books, without a model: "
         "hits by tier, loads, spills, prefill time saved. See docs/simulator.md.",
@@ -195,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_machine(add)
     add(
         "--sweep",
-        type=_numbers,
+        type=types.gibs,
         nargs="?",
         const=[],
         metavar="GIB,...",
@@ -204,24 +237,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--blocks",
-        type=_counts,
+        type=types.counts,
         metavar="N,...",
         help="instead of a server: one level of N blocks of the trace, hits as a share of "
         "references to blocks, as in published analyses",
     )
     add("--out", type=Path, default=Path(), metavar="DIR", help="for the sweep's files")
-    add("--json", metavar="PATH", help="write every figure")
+    add("--json", type=Path, metavar="PATH", help="write every figure")
     return parser
 
 
 def _add_trace(add: Callable[..., Any]) -> None:
     add("--format", choices=[f.value for f in TraceFormat], help="(default: told by its fields)")
-    add("--limit", type=int, metavar="N", help="only the first N requests")
-    add("--scale-to", type=int, metavar="TOKENS", help="map each block to so many tokens")
-    add("--block-tokens", type=int, metavar="TOKENS", help="tokens a block, if not the usual")
+    add("--limit", type=types.count, metavar="N", help="only the first N requests")
+    add("--scale-to", type=types.count, metavar="TOKENS", help="map each block to so many tokens")
+    add(
+        "--block-tokens",
+        type=types.count,
+        metavar="TOKENS",
+        help="tokens a block, if not the usual",
+    )
     add(
         "--session-gap",
-        type=float,
+        type=types.from_0,
         default=0.0,
         metavar="S",
         help="seconds between the beginnings of agent sessions (default: all at once)",
@@ -229,7 +267,7 @@ def _add_trace(add: Callable[..., Any]) -> None:
     add("--closed", action="store_true", help="one request after another; no timestamps")
     add(
         "--time-scale",
-        type=float,
+        type=types.above_0,
         default=1.0,
         metavar="X",
         help="multiply arrival times; above 1 is a slower trace",
@@ -237,9 +275,15 @@ def _add_trace(add: Callable[..., Any]) -> None:
 
 
 def _add_server(add: Callable[..., Any]) -> None:
-    add("--device-tokens", type=int, metavar="N", help="the server's --max-total-tokens")
-    add("--host-gb", type=float, default=0.0, metavar="GIB", help="--smg-host-gb (default: 0)")
-    add("--page-size", type=int, default=16, metavar="TOKENS", help="(default: %(default)s)")
+    add("--device-tokens", type=types.count, metavar="N", help="the server's --max-total-tokens")
+    add("--host-gb", type=types.gib, default=0.0, metavar="GIB", help="--smg-host-gb (default: 0)")
+    add(
+        "--page-size",
+        type=types.page_size,
+        default=16,
+        metavar="TOKENS",
+        help="a power of two (default: %(default)s)",
+    )
     add(
         "--policy",
         default=DEFAULT_EVICTION.value,
@@ -255,14 +299,14 @@ def _add_server(add: Callable[..., Any]) -> None:
     )
     add(
         "--chunk-tokens",
-        type=int,
+        type=types.count,
         default=8192,
         metavar="N",
         help="--chunked-prefill-size (default: %(default)s)",
     )
     add(
         "--max-running",
-        type=int,
+        type=types.count,
         default=256,
         metavar="N",
         help="--max-running-requests (default: %(default)s)",
@@ -278,21 +322,21 @@ def _add_machine(add: Callable[..., Any]) -> None:
     )
     add(
         "--tflops",
-        type=float,
+        type=types.above_0,
         metavar="T",
         help="prefill speed in 10^12 FLOP/s (default: 400, an H100; 0.14 for smollm2-135m, "
         "measured on 2 CPU cores)",
     )
     add(
         "--link-gbps",
-        type=float,
+        type=types.above_0,
         metavar="G",
         help="device to host memory, 10^9 bytes/s each way (default: 50, or 12; "
         "`python -m smg_sglang doctor` measures yours)",
     )
     add(
         "--itl-ms",
-        type=float,
+        type=types.from_0,
         metavar="MS",
         help="between two tokens of an answer (default: 20, or 60)",
     )

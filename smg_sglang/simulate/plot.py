@@ -13,7 +13,7 @@ def plot_sweep(sweep: Sweep, title: str, path: Path) -> None:
     try:
         import matplotlib as mpl
     except ImportError:
-        raise ConfigError("the picture needs matplotlib: pip install matplotlib.") from None
+        raise ConfigError("no picture, which needs matplotlib: pip install matplotlib.") from None
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -79,6 +79,16 @@ def sweep_table(sweep: Sweep, title: str) -> Table:
     return table
 
 
+def refused(sweep: Sweep) -> str | None:
+    """What a sweep does not count, as a line under its table; None where it counts all."""
+    if not sweep.refused_requests:
+        return None
+    return (
+        f"{sweep.refused_requests:,} of {sweep.requests:,} requests, {sweep.refused_tokens:,} "
+        "prompt tokens, are longer than the device's pool and not counted"
+    )
+
+
 def block_table(rows: Sequence[tuple[int, dict[str, float]]], infinite: float, title: str) -> Table:
     """Hit shares of single levels, a row for each size."""
     table = Table(title=title, title_justify="left", title_style="bold")

@@ -11,11 +11,8 @@ from pathlib import Path
 import msgspec
 
 from smg_sglang.config import EvictionName
-from smg_sglang.simulate.bounds import (
-    belady_hits,
-    infinite_hits,
-    page_runs,
-)
+from smg_sglang.errors import ConfigError
+from smg_sglang.simulate.bounds import belady_hits, infinite_hits, page_runs
 from smg_sglang.simulate.run import Outcome, simulate
 from smg_sglang.simulate.settings import GIB, Settings
 from smg_sglang.trace.request import Request
@@ -40,15 +37,31 @@ class Bounds(msgspec.Struct, frozen=True):
 
 
 class Sweep(msgspec.Struct, frozen=True):
-    """All runs of a sweep and their bounds."""
+    """All runs of a sweep and their bounds.
 
+    Attributes:
+        requests: of the trace.
+        refused_requests, refused_tokens: those of them that are longer than the device's pool,
+            and their prompts; no other figure counts them.
+    """
+
+    requests: int
+    refused_requests: int
+    refused_tokens: int
     runs: list[Outcome]
     bounds: Bounds
 
 
-def sweep_sizes(whole_gb: float) -> list[float]:
-    """Sizes in GiB from none to all that the trace would fill, with three digits."""
-    return [float(f"{whole_gb * share:.3g}") for share in _SHARES]
+def sweep_sizes(whole_gb: float, page_gb: float) -> list[float]:
+    """Sizes in GiB from none to all that the trace would fill, with three digits; each once, and
+    none that a page does not fit in."""
+    sizes = [whole_gb * share for share in _SHARES]
+    return list(dict.fromkeys(_rounded(gb, page_gb) for gb in sizes if not 0 < gb < page_gb))
+
+
+def _rounded(gb: float, page_gb: float) -> float:
+    rounded = float(f"{gb:.3g}")
+    return page_gb if 0 < rounded < page_gb else rounded
 
 
 def run_sweep(
@@ -59,12 +72,19 @@ def run_sweep(
     progress: Callable[[str, int], None] = lambda what, finished: None,
 ) -> Sweep:
     """A run for each policy and size; without host memory, policies do not differ. `sizes`: None
-    to have them chosen. `progress` is told which run is at how many requests."""
+    to have them chosen. `progress` is told which run is at how many requests.
+
+    Raises ConfigError where no request fits on the device."""
     progress("bounds", 0)
     fitting = [request for request in requests if settings.fits(request)]
+    if not fitting:
+        raise ConfigError(
+            f"all {len(requests):,} requests are longer than the device's pool: raise "
+            "--device-tokens, or shorten them with --scale-to."
+        )
     runs = page_runs(fitting, settings.page_size)
     whole_gb = sum(runs.lengths) * settings.page_bytes / GIB
-    sizes = sweep_sizes(whole_gb) if sizes is None else sizes
+    sizes = sweep_sizes(whole_gb, settings.page_bytes / GIB) if sizes is None else sizes
     tokens = max(sum(request.input_tokens for request in fitting), 1)
 
     def share(pages: int) -> float:
@@ -85,7 +105,8 @@ def run_sweep(
             name = f"{policy}, {host_gb:g} GiB"
             chosen = replace(settings, eviction=policy, host_gb=host_gb)
             outcomes.append(simulate(requests, chosen, partial(progress, name)))
-    return Sweep(outcomes, bounds)
+    refused = [request.input_tokens for request in requests if not settings.fits(request)]
+    return Sweep(len(requests), len(refused), sum(refused), outcomes, bounds)
 
 
 def write_csv(sweep: Sweep, path: Path) -> None:
@@ -99,7 +120,10 @@ def write_csv(sweep: Sweep, path: Path) -> None:
                     run.policy,
                     run.host_gb,
                     run.device_tokens,
+                    run.requests,
                     run.input_tokens,
+                    run.refused_requests,
+                    run.refused_tokens,
                     run.hit_share["device"],
                     run.hit_share["host"],
                     run.hit_share["total"],
@@ -118,7 +142,10 @@ _COLUMNS = (
     "policy",
     "host_gb",
     "device_tokens",
+    "requests",
     "input_tokens",
+    "refused_requests",
+    "refused_tokens",
     "device_share",
     "host_share",
     "total_share",

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import sys
 
 import pytest
 
 from smg_sglang.__main__ import main
 from smg_sglang.config import EvictionName
+from smg_sglang.simulate.sweep import sweep_sizes
 
 from ..trace.factories import call, mooncake, session, write_lines, write_tar
 
@@ -80,10 +82,35 @@ def test_agent_sessions_are_simulated_too(tmp_path):
         ((), "--device-tokens is needed"),
         (("--device-tokens", 3072, "--policy", "mru"), "--policy must be some of lru, "),
         (("--device-tokens", 3072, "--model", "gpt-5"), "--model must be one of"),
-        (("--device-tokens", 3072, "--page-size", 0), "--page-size must be above 0"),
-        (("--device-tokens", 3072, "--host-gb", -1), "must not be negative"),
-        (("--device-tokens", 3072, "--tflops", "nan"), "--tflops must be above 0"),
+        (("--device-tokens", 3072, "--page-size", 0), "--page-size: must be a whole number of at"),
+        (
+            ("--device-tokens", 3072, "--page-size", 24),
+            "--page-size: must be a power of two from 1",
+        ),
+        (
+            ("--device-tokens", 3072, "--page-size", 256),
+            "--page-size: must be a power of two from 1",
+        ),
+        (("--device-tokens", 3072, "--host-gb", -1), "--host-gb: must be a number of at least 0"),
+        (
+            ("--device-tokens", 3072, "--host-gb", "inf"),
+            "--host-gb: must be a number of at least 0",
+        ),
+        (("--device-tokens", 3072, "--host-gb", 1e300), "--host-gb: must be at most 1048576 GiB"),
+        (("--device-tokens", 3072, "--tflops", "nan"), "--tflops: must be a number above 0"),
+        (("--device-tokens", 3072, "--link-gbps", 0), "--link-gbps: must be a number above 0"),
+        (("--device-tokens", 3072, "--itl-ms", -1), "--itl-ms: must be a number of at least 0"),
+        (("--device-tokens", 3072, "--sweep=-1"), "--sweep: must be a number of at least 0"),
+        (("--device-tokens", 3072, "--sweep=4,x"), "--sweep: must be a number of at least 0"),
+        (("--device-tokens", 3072, "--scale-to", 0), "--scale-to: must be a whole number of at"),
+        (("--device-tokens", 3072, "--block-tokens", 0), "--block-tokens: must be a whole number"),
+        (("--device-tokens", 3072, "--limit", -1), "--limit: must be a whole number of at least 1"),
+        (("--blocks", -3), "--blocks: must be a whole number of at least 1"),
+        (("--blocks", 3, "--limit", 0), "--limit: must be a whole number of at least 1"),
+        (("--blocks", 3, "--json", "/nowhere/at/all.json"), "there is no folder /nowhere/at"),
+        (("--blocks", 3, "--json", "/tmp"), "is a folder"),
         (("--device-tokens", 16), "two pages at least"),
+        (("--device-tokens", 256, "--sweep"), "all 8 requests are longer than the device's pool"),
     ],
 )
 def test_a_wrong_choice_ends_with_one_sentence_and_code_2(trace, capsys, options, says):
@@ -104,3 +131,54 @@ def test_a_bad_trace_ends_with_its_line_and_code_2(tmp_path, capsys):
 def test_a_trace_that_holds_nothing_that_fits_is_told(trace, capsys):
     assert simulate(trace, *MODEL, "--device-tokens", 256) == 0
     assert "refused" in capsys.readouterr().out
+
+
+def test_a_sweep_says_what_it_does_not_count(trace, tmp_path, capsys):
+    path = tmp_path / "sweep.json"
+    options = ("--device-tokens", 1600, "--sweep", 0, "--out", tmp_path, "--json", path)
+    assert simulate(trace, *MODEL, *options) == 0
+    told = "2 of 8 requests, 4,096 prompt tokens, are longer than the device's pool and not counted"
+    assert told in " ".join(capsys.readouterr().out.split())
+    with (tmp_path / "trace_sweep.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    counted = [int(row[name]) for name in ("requests", "refused_requests", "refused_tokens")]
+    found = json.loads(path.read_text())
+    assert counted == [6, 2, 4096]
+    assert [found[name] for name in ("requests", "refused_requests", "refused_tokens")] == [
+        8,
+        2,
+        4096,
+    ]
+
+
+def test_a_small_trace_is_swept_too(tmp_path, capsys):
+    rows = [mooncake(0, 40, 5, [1]), mooncake(9, 50, 5, [2])]
+    path, out = write_lines(tmp_path / "small.jsonl", *rows), tmp_path / "out"
+    assert simulate(path, *MODEL, "--device-tokens", 3072, "--sweep", "--out", out) == 0
+    assert capsys.readouterr().err == ""
+    with (out / "small_sweep.csv").open() as file:
+        sizes = [float(row["host_gb"]) for row in csv.DictReader(file)]
+    assert sizes == sorted(set(sizes)) and sizes[0] == 0 and len(sizes) > 1
+
+
+def test_sizes_of_a_sweep_are_none_or_a_page_at_least_and_differ():
+    assert sweep_sizes(0.00195, 0.001953125) == [0.0]
+    assert sweep_sizes(0.001953125, 0.001953125) == [0.0, 0.001953125]
+    assert sweep_sizes(64.0, 0.001) == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
+
+
+def test_figures_are_written_where_there_is_no_picture(trace, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    path = tmp_path / "sweep.json"
+    options = ("--device-tokens", 3072, "--sweep", 1, "--out", tmp_path, "--json", path)
+    assert simulate(trace, *MODEL, *options) == 0
+    told = capsys.readouterr()
+    assert "warning: no picture" in told.err and "trace_sweep.csv" in told.out
+    assert len(json.loads(path.read_text())["runs"]) == 1
+    assert (tmp_path / "trace_sweep.csv").exists() and not (tmp_path / "trace_sweep.png").exists()
+
+
+def test_a_trace_without_blocks_has_no_share_of_them(tmp_path, capsys):
+    path = write_tar(tmp_path / "s.tgz", a=session("a", call(0.0, 30, [])))
+    assert simulate(path, "--blocks", 3) == 2
+    assert "refers to no block" in capsys.readouterr().err
