@@ -22,6 +22,7 @@ from rich.progress import Progress
 from bench.programs import chat, few_shot, judge, tree_of_thought
 from bench.programs.measure import Program, Result, take_turns, warm_up
 from bench.programs.report import print_result
+from bench.programs.texts import source
 from bench.serving import machine
 from bench.serving.subjects import SMG, STOCK, attention_backend, running
 from tools.sglang_server import ServerDied
@@ -53,14 +54,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def programs(options: argparse.Namespace) -> dict[str, Program]:
-    """Those of `--only`, by name."""
+    """Those of `--only`, by title: the name, and what else decides their figures."""
     known: dict[str, Program] = {
         "few_shot": few_shot.run,
         "tree_of_thought": tree_of_thought.run,
         "chat": partial(chat.run, path=options.questions),
         "judge": judge.run,
     }
-    return {name: known[name] for name in options.only}
+    titles = {"chat": f"chat, {source(options.questions)}"}
+    return {titles.get(name, name): known[name] for name in options.only}
 
 
 def measure(console: Console, options: argparse.Namespace) -> Result:

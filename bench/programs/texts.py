@@ -69,6 +69,13 @@ def questions(path: Path | None, count: int) -> list[tuple[str, str]]:
     return short[:count]
 
 
+def source(path: Path | None) -> str:
+    """Whose questions those are, for titles: figures of one source are not those of another."""
+    if path is not None and path.resolve() != MT_BENCH.resolve():
+        return f"questions of {path.name}"
+    return "MT-bench's questions" if path or MT_BENCH.exists() else "made-up questions"
+
+
 def made_up(rng: random.Random) -> tuple[str, str]:
     """Two turns about an essay of its own."""
     text = essay(rng, 4)

@@ -6,6 +6,7 @@ from sglang.lang.chat_template import get_chat_template
 from sglang.lang.choices import ChoicesDecision
 
 from bench.programs import chat, few_shot, judge, texts, tree_of_thought
+from bench.programs.__main__ import parse, programs
 from bench.programs.compare import compare_outputs
 from bench.programs.endpoint import Counts
 from bench.programs.measure import Runs, summary
@@ -82,6 +83,16 @@ def test_questions_are_those_of_the_file_that_are_short(tmp_path):
     path = tmp_path / "question.jsonl"
     path.write_text('{"turns": ["a", "b"]}\n{"turns": ["%s", "b"]}\n' % ("long " * 300))
     assert texts.questions(path, 5) == [("a", "b")]
+
+
+def test_the_title_of_chats_says_whose_questions_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "MT_BENCH", tmp_path / "question.jsonl")
+    options = parse(["--only", "chat", "judge"])
+    assert list(programs(options)) == ["chat, made-up questions", "judge"]
+    (tmp_path / "question.jsonl").touch()
+    assert list(programs(options)) == ["chat, MT-bench's questions", "judge"]
+    options = parse(["--only", "chat", "--questions", "mine.jsonl"])
+    assert list(programs(options)) == ["chat, questions of mine.jsonl"]
 
 
 def test_outputs_are_compared_one_by_one_and_the_first_difference_is_shown():
