@@ -5,7 +5,7 @@ Traces: Mooncake (github.com/kvcache-ai/Mooncake, FAST25-release/traces), Qwen-B
 (github.com/callanjfox/kv-cache-tester, traces), or one JSON of token ids a line. Equal block ids
 become equal words, blocks of a large model's context fewer tokens for a small model's; each request
 is sent at its time. Without --url, a stock server and one with --enable-smg are started and asked
-one after the other.
+one after the other, each from an empty cache; a server at --url keeps what it has, unless --flush.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import requests
 from rich.console import Console
 from rich.progress import Progress
@@ -35,6 +36,7 @@ from bench.replay.words import Words, words_of
 from bench.serving import machine
 from bench.serving.subjects import PAGE_SIZE, SMG, STOCK, attention_backend, running
 from smg_sglang.errors import TraceError
+from smg_sglang.simulate.options import above_0, count
 from smg_sglang.trace import TraceFormat
 from tools.sglang_server import ServerDied
 
@@ -50,6 +52,7 @@ class Workload:
     asks: list[Ask]
     infinite: list[int]
     words: Words
+    dropped: int
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -61,23 +64,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("trace", type=Path, help="file or folder; .gz and .tgz are read in place")
     add("--format", choices=[f.value for f in TraceFormat], help="default: seen from the file")
-    add("--limit", type=int, help="only the first requests")
-    add("--sessions", type=int, help="only the first sessions, where the trace has some")
-    add("--block-tokens", type=int, default=0, help="tokens a block becomes (what fits)")
-    add("--speed", type=float, default=1.0, help="times the trace's own pace (1)")
-    add("--in-flight", type=int, help="at most so many requests at once (default: an open loop)")
-    add("--max-answer", type=int, default=32, help="tokens of an answer at most (32)")
-    add("--context", type=int, default=8192, help="drop requests that are longer (8192)")
+    add("--limit", type=count, help="only the first requests")
+    add("--sessions", type=count, help="only the first sessions, where the trace has some")
+    add("--block-tokens", type=count, default=0, help="tokens a block becomes (what fits)")
+    add("--speed", type=above_0, default=1.0, help="times the trace's own pace (1)")
+    add("--in-flight", type=count, help="at most so many requests at once (default: an open loop)")
+    add("--max-answer", type=count, default=32, help="tokens of an answer at most (32)")
+    add("--context", type=count, default=8192, help="drop requests that are longer (8192)")
     add("--send", choices=["text", "ids"], help="default: text where the tokenizer is at hand")
     add("--url", nargs="+", default=[], metavar="[NAME=]URL", help="servers that run already")
-    add("--no-flush", action="store_true", help="keep what --url servers have cached")
-    add("--page-size", type=int, default=PAGE_SIZE, help="for the infinite cache's share (16)")
+    add("--flush", action="store_true", help="empty the caches of --url servers before the trace")
+    add("--page-size", type=count, default=PAGE_SIZE, help="for the infinite cache's share (16)")
     group = parser.add_argument_group("servers that are started")
     add = group.add_argument
     add("--model-path", help="a model folder or hub name (default: the demo model)")
     add("--only", nargs="+", choices=[STOCK, SMG], default=[STOCK, SMG])
-    add("--pool-tokens", type=int, default=4096, help="tokens of the device pool (4096)")
-    add("--host-gb", type=float, default=2.0, help="GiB of host memory for pages (2)")
+    add("--pool-tokens", type=count, default=4096, help="tokens of the device pool (4096)")
+    add("--host-gb", type=above_0, default=2.0, help="GiB of host memory for pages (2)")
     add("--dtype", default="bfloat16", help="of weights and KV (bfloat16)")
     add("--attention-backend", help="on both servers (default: smg on a CPU)")
     add("--server-args", default="", help="more flags for both servers, as one string")
@@ -98,9 +101,12 @@ def prepare(options: argparse.Namespace, model: str) -> Workload:
         max_answer=options.max_answer,
     )
     wanted = TraceFormat(options.format) if options.format else None
-    chosen = select(options.trace, selection, wanted)
+    chosen, dropped = select(options.trace, selection, wanted)
     if not chosen:
-        sys.exit(f"{options.trace} has no request that fits: see --context and --block-tokens")
+        sys.exit(
+            f"{options.trace} has no request that fits, {dropped} dropped: see --context and "
+            "--block-tokens"
+        )
     words = words_of(model)
     sent = asks(chosen, words, selection)
     block = chosen[0].block_tokens
@@ -108,14 +114,19 @@ def prepare(options: argparse.Namespace, model: str) -> Workload:
         f"{options.trace.name}: {len(sent)} requests, {options.speed:g} times their pace, "
         f"blocks of {block} token{'s' if block > 1 else ''}"
     )
-    return Workload(title, sent, infinite_hits(sent, options.page_size), words)
+    if dropped:
+        title += f", {dropped} dropped (longer than {options.context:,} tokens)"
+    return Workload(title, sent, infinite_hits(sent, options.page_size), words, dropped)
 
 
 def ask_server(url: str, workload: Workload, options: argparse.Namespace, bar: Progress) -> Result:
     """Warm-up, flush, the trace, and what the server says of itself after it."""
     task = bar.add_task(url, total=len(workload.asks))
     asyncio.run(warm_up(url, workload.words))
-    if not options.no_flush:
+    if options.url and not options.flush:
+        bar.console.print(f"{url} keeps its caches (--flush empties them): it may hit older pages")
+    else:
+        bar.console.print(f"emptying the caches of {url}")
         flush(url)
     as_text = options.send == "text" or (options.send is None and workload.words.texts)
     outcomes, seconds = asyncio.run(
@@ -163,13 +174,16 @@ def run(console: Console, options: argparse.Namespace) -> Result:
                 logs = options.json.parent / "logs"
                 servers = stack.enter_context(running(options.only, options, logs))
             urls = {name: server.url for name, server in servers.items()}
-        console.print(_said(described(workload.asks, workload.infinite)))
+        trace = described(workload.asks, workload.infinite, workload.dropped)
+        console.print(_said(trace))
+        if workload.dropped:
+            console.print(f"{workload.dropped} dropped: longer than --context {options.context}")
         with Progress(console=console) as bar:
             subjects = {name: ask_server(url, workload, options, bar) for name, url in urls.items()}
     print_table(console, workload.title, subjects)
     return {
         "title": workload.title,
-        "trace": described(workload.asks, workload.infinite),
+        "trace": trace,
         "subjects": subjects,
         "figures": figures(workload.title, subjects),
     }
@@ -180,7 +194,10 @@ def _model(options: argparse.Namespace, urls: dict[str, str]) -> str:
     if options.model_path:
         return str(options.model_path)
     for url in urls.values():
-        return str(requests.get(f"{url}/model_info", timeout=60).json()["model_path"])
+        told = requests.get(f"{url}/model_info", timeout=60).json()
+        if "model_path" not in told:
+            raise RuntimeError(f"{url} does not say its model: is it an SGLang server?")
+        return str(told["model_path"])
     from tools.demo_model import demo_model
 
     options.model_path = str(demo_model())
@@ -203,25 +220,34 @@ def main(arguments: list[str]) -> int:
     if options.model_path:
         local = Path(options.model_path).is_dir()
         os.environ.setdefault("HF_HUB_OFFLINE", "1" if local else "0")
+    if options.json.is_dir():
+        sys.exit(f"--json {options.json} is a folder: name a file in it")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
     described_machine = machine.describe()
     results = run(console, options)
     results["machine"] = described_machine
     results["options"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(results, indent=1) + "\n")
     plot(results, options.json.with_suffix(".png"))
     console.print(f"{options.json}\n{options.json.with_suffix('.png')}")
     return int(any(row["failed"] for row in results["subjects"].values()))
 
 
-if __name__ == "__main__":
+def in_a_sentence(arguments: list[str]) -> int:
+    """`main`; what goes wrong outside of this program ends it with one sentence."""
     try:
-        sys.exit(main(sys.argv[1:]))
+        return main(arguments)
     except TraceError as error:
         sys.exit(f"The trace cannot be read: {error}")
     except ServerDied as error:
         sys.exit(f"A server did not start: {error}")
     except requests.ConnectionError as error:
-        sys.exit(
-            f"No server answers at {error.request.url}: is it running, and is --url its address?"
-        )
+        where = error.request.url if error.request else "its address"
+        sys.exit(f"No server answers at {where}: is it running, and is --url its address?")
+    except (RuntimeError, TimeoutError, aiohttp.ClientError, requests.RequestException) as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        sys.exit(f"The replay ended early: {said}")
+
+
+if __name__ == "__main__":
+    sys.exit(in_a_sentence(sys.argv[1:]))

@@ -42,13 +42,16 @@ class Selection:
     max_answer: int = 64
 
 
-def select(path: Path, selection: Selection, format: TraceFormat | None = None) -> list[Request]:
-    """The requests that are replayed, scaled, from time 0."""
+def select(
+    path: Path, selection: Selection, format: TraceFormat | None = None
+) -> tuple[list[Request], int]:
+    """The requests that are replayed, scaled, and how many are dropped as too long."""
     requests = _first_sessions(load_trace(path, format), selection.sessions)[: selection.limit]
     block = selection.block_tokens or fitting_block(requests, selection.context)
     if block and requests and block != requests[0].block_tokens:
         requests = [request.scaled(block) for request in requests]
-    return [request for request in requests if fits(request, selection)]
+    fitting = [request for request in requests if fits(request, selection)]
+    return fitting, len(requests) - len(fitting)
 
 
 def _first_sessions(requests: list[Request], count: int | None) -> list[Request]:

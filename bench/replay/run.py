@@ -53,7 +53,7 @@ async def replay(
     Returns:
         An outcome for each ask, and the seconds from the first to the last token.
     """
-    gate = asyncio.Semaphore(in_flight or len(asks) + 1)
+    gate = asyncio.Semaphore(len(asks) + 1 if in_flight is None else in_flight)
     outcomes: list[Outcome] = []
     async with Client(url) as client, asyncio.TaskGroup() as tasks:
         began = time.perf_counter()

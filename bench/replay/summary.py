@@ -54,11 +54,12 @@ def _raw(outcome: Outcome) -> Result:
     }
 
 
-def described(asks: Sequence[Ask], infinite: Sequence[int]) -> Result:
-    """The trace as it is sent."""
+def described(asks: Sequence[Ask], infinite: Sequence[int], dropped: int = 0) -> Result:
+    """The trace as it is sent; `dropped` requests of it are not."""
     prompts = sum(len(ask.prompt) for ask in asks)
     return {
         "requests": len(asks),
+        "dropped": dropped,
         "seconds": asks[-1].at_s,
         "prompt_tokens": prompts,
         "longest_prompt": max(len(ask.prompt) for ask in asks),
@@ -94,12 +95,13 @@ def _cells(row: Result) -> list[str]:
 
 
 def figures(title: str, subjects: Mapping[str, Result]) -> list[Result]:
-    """As `bench/suite` records them; nothing where stock or ours was not asked."""
+    """As `bench/suite` records them, None for what was not measured; nothing where stock or ours
+    was not asked."""
     if not {STOCK, SMG} <= subjects.keys():
         return []
     stock, ours = subjects[STOCK], subjects[SMG]
 
-    def row(what: str, unit: str, values: Sequence[float]) -> Result:
+    def row(what: str, unit: str, values: Sequence[float | None]) -> Result:
         a, b = values
         return {"workload": title, "what": what, "unit": unit, "baseline": a, "ours": b}
 
@@ -109,9 +111,13 @@ def figures(title: str, subjects: Mapping[str, Result]) -> list[Result]:
         row("TTFT p50", "s", [r["ttft_s"]["p50"] for r in both]),
         row("TTFT p99", "s", [r["ttft_s"]["p99"] for r in both]),
         row("prompt + output tokens a second", "tok/s", [r["tokens_per_s"] for r in both]),
-        row("ITL p50", "ms", [r["itl_s"].get("p50", 0.0) * 1e3 for r in both]),
+        row("ITL p50", "ms", [_ms(r["itl_s"].get("p50")) for r in both]),
         row("hits on the device", "share", [r["hit_share"].get("device", 0) for r in both]),
         row("hits in host memory", "share", [r["hit_share"].get("host", 0) for r in both]),
-        row("hits, of an infinite cache's", "share", [r["of_infinite"] or 0.0 for r in both]),
+        row("hits, of an infinite cache's", "share", [r["of_infinite"] for r in both]),
         row("requests that failed", "n", [r["failed"] for r in both]),
     ]
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.replay import summary as summaries
-from bench.replay.__main__ import main, named
+from bench.replay.__main__ import in_a_sentence, main, named
 from bench.replay.asks import Ask, Selection, asks, fitting_block, infinite_hits, prompt, select
 from bench.replay.run import replay
 from bench.replay.words import RESERVED, Words, plain_ids, words_of
@@ -93,7 +93,8 @@ def test_a_selection_drops_what_does_not_fit(tmp_path):
         for i, n in enumerate((2, 600, 3))
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chosen = select(path, Selection(block_tokens=16))
+    chosen, dropped = select(path, Selection(block_tokens=16))
+    assert dropped == 1
     assert [r.number for r in chosen] == [0, 2]
     assert chosen[0].input_tokens == 32
 
@@ -103,7 +104,7 @@ def test_only_the_first_sessions_are_taken(tmp_path):
     for name in "abc":
         document = {"id": name, "block_size": 64, "hash_id_scope": "local", "requests": [call]}
         (tmp_path / f"{name}.json").write_text(json.dumps(document))
-    chosen = select(tmp_path, Selection(sessions=2))
+    chosen, _ = select(tmp_path, Selection(sessions=2))
     assert len(chosen) == 2
 
 
@@ -165,6 +166,14 @@ def test_figures_are_for_stock_and_ours_only():
     json.dumps(rows)
 
 
+def test_a_figure_that_was_not_measured_is_none_and_not_0():
+    outcomes, seconds = replayed(FakeServer(), [Ask(0, 0.0, (1, 2, 3, 4), 1)])
+    one = summaries.summary(outcomes, seconds, [0])
+    rows = {row["what"]: row for row in summaries.figures("t", {"stock": one, "smg": one})}
+    for what in ("ITL p50", "hits, of an infinite cache's"):
+        assert (rows[what]["baseline"], rows[what]["ours"]) == (None, None)
+
+
 def mooncake_file(path, blocks=((1,), (1, 2), (3,))):
     rows = [
         {"timestamp": 10 * i, "input_length": 512 * len(b), "output_length": 70, "hash_ids": b}
@@ -185,8 +194,52 @@ def test_any_server_is_replayed_to_by_its_url(tmp_path, demo_model, capsys):
     assert mine["prompt_tokens_unplanned"] == 0, "words were sent, one token each"
     assert found["trace"]["infinite_hit_share"] == 0.25
     assert found["figures"] == [] and out.with_suffix(".png").stat().st_size > 0
-    assert server.flushed == 1 and len(server.bodies) == 3 + 3, "three to warm up"
-    assert "mine" in capsys.readouterr().out
+    assert server.flushed == 0 and len(server.bodies) == 3 + 3, "three to warm up"
+    told = capsys.readouterr().out
+    assert "mine" in told and "keeps its caches" in told
+    assert found["trace"]["dropped"] == 0 and "dropped" not in found["title"] + told
+
+
+def test_a_server_that_runs_is_flushed_if_that_is_asked_for(tmp_path, capsys):
+    trace, out = mooncake_file(tmp_path / "trace.jsonl"), tmp_path / "replay.json"
+    server = FakeServer()
+    with server.running() as url:
+        assert main([str(trace), "--url", url, "--flush", "--json", str(out)]) == 0
+    assert server.flushed == 1
+    assert "emptying the caches" in capsys.readouterr().out
+
+
+def test_what_is_dropped_is_counted(tmp_path, capsys):
+    trace, out = mooncake_file(tmp_path / "trace.jsonl"), tmp_path / "replay.json"
+    options = ["--json", str(out), "--context", "25", "--block-tokens", "16", "--max-answer", "4"]
+    with FakeServer().running() as url:
+        assert main([str(trace), "--url", url, *options]) == 0
+    found = json.loads(out.read_text())
+    assert (found["trace"]["requests"], found["trace"]["dropped"]) == (2, 1)
+    assert found["title"].endswith(", 1 dropped (longer than 25 tokens)")
+    assert "1 dropped: longer than --context 25" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--speed=0", "--speed=inf", "--in-flight=0", "--limit=-1", "--sessions=0", "--max-answer=0"],
+)
+def test_numbers_that_cannot_be_meant_are_refused(tmp_path, capsys, option):
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path), option])
+    assert ended.value.code == 2
+    assert f"argument {option.partition('=')[0]}: must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("none answered\nmore"), TimeoutError()])
+def test_what_ends_a_replay_is_one_sentence(monkeypatch, error):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr("bench.replay.__main__.main", fail)
+    with pytest.raises(SystemExit, match="none answered|TimeoutError") as ended:
+        in_a_sentence([])
+    assert "\n" not in ended.value.code
 
 
 def test_a_server_whose_tokenizer_is_not_at_hand_is_sent_ids(tmp_path):
@@ -199,5 +252,5 @@ def test_a_server_whose_tokenizer_is_not_at_hand_is_sent_ids(tmp_path):
 
 def test_a_trace_of_which_nothing_fits_says_what_to_do(tmp_path):
     trace = mooncake_file(tmp_path / "trace.jsonl")
-    with FakeServer().running() as url, pytest.raises(SystemExit, match="--context"):
+    with FakeServer().running() as url, pytest.raises(SystemExit, match="3 dropped: see --context"):
         main([str(trace), "--url", url, "--context", "1"])
