@@ -237,7 +237,7 @@ def test_what_ends_a_replay_is_one_sentence(monkeypatch, error):
         raise error
 
     monkeypatch.setattr("bench.replay.__main__.main", fail)
-    with pytest.raises(SystemExit, match="none answered|TimeoutError") as ended:
+    with pytest.raises(SystemExit, match=r"none answered|TimeoutError") as ended:
         in_a_sentence([])
     assert "\n" not in ended.value.code
 
