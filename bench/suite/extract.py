@@ -125,6 +125,11 @@ def split(result: Json) -> Iterator[Figure]:
     ):
         yield Figure(title, what, "ms", one[key], ours[key])
     yield Figure(title, "TTFT p50 of the long prompts", "s", one["ttft_p50_s"], ours["ttft_p50_s"])
+    title = "hand-off to a decode worker (baseline: the same prompt on its device)"
+    for row in result.get("hand_offs", ()):
+        if (took := row["handed_off_ms"]) is not None:
+            what = f"{row['prompt_tokens']:,} tokens, to the first token"
+            yield Figure(title, what, "ms", row["again_on_device_ms"], took)
 
 
 def context(result: Json) -> Iterator[Figure]:

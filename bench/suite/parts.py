@@ -78,8 +78,8 @@ def parts() -> list[Part]:
             "split",
             ("-m", "bench.split", "--out", "{json}"),
             extract.split,
-            full=((), 600),
-            quick=(("--turns", "1", "--longs", "1"), 300),
+            full=(("--turns", "1", "--hand-offs", "3"), 900),
+            quick=(("--turns", "1", "--longs", "1", "--hand-offs", "1"), 300),
         ),
         Part(
             "context",
