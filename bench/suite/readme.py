@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from bench.suite.figures import Line, figure_from, lines
 from bench.suite.parts import parts
@@ -49,13 +50,17 @@ def failures(records: Sequence[Record]) -> list[str]:
     """Parts that did not end well, or that no run has, one line each with the reason."""
     ran = {part["name"] for record in records for part in record["parts"]}
     failed = [
-        f"- {part['name']}: {part['status']}, {part['detail'] or 'no reason given'} "
-        f"({record['machine']['date'][:16]})"
+        f"- {part['name']}: {part['status']}, {reason(part)} ({record['machine']['date'][:16]})"
         for record in records
         for part in record["parts"]
         if part["status"] != "ok"
     ]
     return failed + [f"- {part.name}: not run" for part in parts() if part.name not in ran]
+
+
+def reason(part: dict[str, Any]) -> str:
+    """The first clause of what happened: the rest is where the logs are on that machine."""
+    return str(part["detail"]).split(";", 1)[0] or "no reason given"
 
 
 def render(records: Sequence[Record]) -> str:
