@@ -54,6 +54,8 @@ class World:
         self.failure = None
         self.thread.start()
         self.until(lambda: all(link.up for link in self.shell.links))
+        # The controller hears of it a moment later, and until then gives all to the others.
+        self.until(lambda: all(worker.up for worker in self.shell.machine.workers))
 
     def _run(self):
         try:
