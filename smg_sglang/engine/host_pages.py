@@ -12,7 +12,6 @@ import mmap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from smg_sglang.box import box_memory
 from smg_sglang.errors import MemoryUnavailable
 from smg_sglang.memory.client import Lease, MemoryConnection, Reservation
 from smg_sglang.transfer.mover import BeforeCopy, Mover
+from smg_sglang.transfer.spills import SpillCounters
 from smg_sglang.tree.page_keys import KEY_BYTES
 
 logger = logging.getLogger(__name__)
@@ -42,10 +42,12 @@ class Held:
         return len(self.run.offsets)
 
 
-class Observer(Protocol):
-    """What is told of each copy: pages and seconds."""
+class CopyFailed(MemoryUnavailable):
+    """The bytes of `pages` pages could not be copied; host memory has none of them."""
 
-    def __call__(self, pages: int, seconds: float) -> None: ...
+    def __init__(self, pages: int) -> None:
+        super().__init__(f"{pages} pages could not be copied to host memory")
+        self.pages = pages
 
 
 class HostPages:
@@ -58,7 +60,6 @@ class HostPages:
         mover: Mover,
         *,
         timeout_s: float,
-        copied: Observer,
         before_copy: BeforeCopy | None = None,
     ) -> None:
         """connection: the scheduler's, or None while the server is away."""
@@ -67,8 +68,9 @@ class HostPages:
         self._mover = mover
         self._page_size = mover.layout.page_size
         self._timeout_s = timeout_s
-        self._copied = copied
         self._before_copy = before_copy
+        self.counters = SpillCounters()
+        """Of copies on this thread; those of the spill thread have theirs."""
         self.num_held = 0
         """Runs that are held."""
 
@@ -84,9 +86,9 @@ class HostPages:
         """Copy pages `path[first:]` to host memory and hold them; the bytes are there on return.
 
         Args:
-            shared: False keeps them to this worker.
             first: pages of the path that the caller holds already.
             slots: int64 [pages * page_size] device slots of those from `first` on.
+            shared: False keeps them to this worker.
 
         Raises:
             MemoryUnavailable: neither the server nor the box has memory for them; nothing is held.
@@ -94,7 +96,7 @@ class HostPages:
         held: list[Held] = []
         try:
             if shared:
-                self._publish(path, first, slots)
+                self.publish(path, slots, first)
                 held = self._leased(path, first)
         except MemoryUnavailable as error:
             logger.warning("smg: pages of a long context stay with this worker: %s", error)
@@ -125,7 +127,17 @@ class HostPages:
             return []
         return [self._held(lease.arena.buffer, lease.offsets, lease)]
 
-    def _publish(self, path: bytes, first: int, slots: torch.Tensor) -> None:
+    def publish(self, path: bytes, slots: torch.Tensor, first: int = 0) -> int:
+        """Copy what host memory lacks of `path` and publish it, before returning; the number of
+        pages of the path that it has then, fewer than all where it is full.
+
+        Args:
+            slots: int64, device slots of pages `first` and on; host memory has what is before.
+
+        Raises:
+            MemoryUnavailable: the server is away or slow, or it lacks pages before `first`.
+            CopyFailed: the copy failed.
+        """
         connection = self._connection()
         if connection is None:
             raise MemoryUnavailable("the memory server is away")
@@ -138,15 +150,18 @@ class HostPages:
         mine = slots[begin : begin + len(reservation.pages) * self._page_size]
         if mine.numel():
             self._write(connection, reservation, mine)
+        return reservation.have + len(reservation.pages)
 
     def _write(
         self, connection: MemoryConnection, reservation: Reservation, slots: torch.Tensor
     ) -> None:
         try:
             self._copy(slots, reservation.arena.buffer, reservation.offsets)
-        except BaseException:
+        except Exception as error:
+            # Nothing of ours may end the scheduler.
+            logger.exception("smg: a spill failed")
             connection.abandon(reservation)
-            raise
+            raise CopyFailed(len(reservation.pages)) from error
         connection.publish(reservation)
 
     def _own(self, slots: torch.Tensor) -> Held:
@@ -168,8 +183,11 @@ class HostPages:
             self._before_copy()
         began = time.perf_counter()
         move = self._mover.prepare(slots, arena, offsets)
+        # On a GPU the forward that wrote the slots may still run: the copy comes after it.
         self._mover.spill(move, after=self._mover.fence())
-        self._copied(move.num_pages, time.perf_counter() - began)
+        self.counters.pages += move.num_pages
+        self.counters.bytes += move.num_pages * self._mover.layout.page_bytes
+        self.counters.seconds += time.perf_counter() - began
 
     def _held(self, arena: np.ndarray, offsets: np.ndarray, lease: Lease | None) -> Held:
         self.num_held += 1

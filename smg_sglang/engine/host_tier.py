@@ -22,7 +22,7 @@ import torch
 
 from smg_sglang.config import MAX_WAITING_SHARE, SmgConfig
 from smg_sglang.engine.found import MAX_HELD, FoundLeases
-from smg_sglang.engine.host_pages import HostPages
+from smg_sglang.engine.host_pages import CopyFailed, HostPages
 from smg_sglang.errors import MemoryUnavailable
 from smg_sglang.memory.arena import Arena, ArenaMappings
 from smg_sglang.memory.client import Lease, MemoryConnection, Reservation
@@ -112,7 +112,6 @@ class HostTier:
             self._release_held,
             self._mover,
             timeout_s=self._timeout_s,
-            copied=self._count_spill,
             before_copy=before_copy,
         )
         self._loads = LayerLoads(self._mover, before_copy)
@@ -280,40 +279,16 @@ class HostTier:
     def spill_now(self, path: bytes, slots: torch.Tensor) -> bool:
         """Copy what host memory lacks of `path` before returning (write-back: the slots are next
         to be reused). Waits for the copy, and for the server no longer than a lookup."""
-        connection = self._connection()
-        if connection is None:
-            return self._dropped("unavailable", len(path) // KEY_BYTES)
+        pages = len(path) // KEY_BYTES
         try:
-            reservation = connection.reserve(path, self._timeout_s)
+            known = self.pages.publish(path, slots)
+        except CopyFailed as error:
+            return self._dropped("error", error.pages)
         except MemoryUnavailable:
-            return self._dropped("unavailable", len(path) // KEY_BYTES)
-        began = reservation.have * self._page_size
-        ended = began + len(reservation.pages) * self._page_size
-        if ended > began:
-            started = time.perf_counter()
-            try:
-                move = self._mover.prepare(
-                    slots[began:ended], reservation.arena.buffer, reservation.offsets
-                )
-                # On a GPU the forward that wrote the slots may still run: the copy comes after it.
-                self._mover.spill(move, after=self._mover.fence())
-            except Exception:
-                # The device evicts in any case, and nothing of ours may end the scheduler.
-                logger.exception("smg: a spill failed; its pages are lost")
-                connection.abandon(reservation)
-                return self._dropped("error", len(reservation.pages))
-            connection.publish(reservation)
-            self._count_spill(move.num_pages, time.perf_counter() - started)
-        if ended < slots.numel():
-            return self._dropped("memory_full", (slots.numel() - ended) // self._page_size)
+            return self._dropped("unavailable", pages)
+        if known * self._page_size < slots.numel():
+            return self._dropped("memory_full", slots.numel() // self._page_size - known)
         return True
-
-    def _count_spill(self, pages: int, seconds: float) -> None:
-        # Write-back leaves the spill thread idle, so its counters have one writer here too.
-        counters = self._spills.counters
-        counters.pages += pages
-        counters.bytes += pages * self._mover.layout.page_bytes
-        counters.seconds += seconds
 
     def _dropped_pages(self) -> Counter[str]:
         # `copy` is one call into C, so another thread cannot add a reason half-way.
@@ -451,15 +426,16 @@ class HostTier:
 
     def read_metrics(self) -> Reading:
         """Current values of the `smg:` series. Metrics thread; asks the memory server."""
-        spills, loads = self._spills.counters, self._loads.counters
+        # Copies on the spill thread, and on the scheduler's: each counts its own.
+        spills, loads = (self._spills.counters, self.pages.counters), self._loads.counters
         dropped = self._dropped_pages()
         reading: dict[str, Any] = {
             "smg:hit_tokens": dict(self.counters.hit_tokens),
             "smg:prompt_tokens": self.counters.prompt_tokens,
             "smg:lookups": dict(self.counters.lookups),
             "smg:dropped_pages": dict(dropped),
-            "smg:spilled_bytes": spills.bytes,
-            "smg:spill_seconds": spills.seconds,
+            "smg:spilled_bytes": sum(counters.bytes for counters in spills),
+            "smg:spill_seconds": sum(counters.seconds for counters in spills),
             "smg:loaded_bytes": loads.bytes,
             "smg:load_seconds": loads.seconds,
         }

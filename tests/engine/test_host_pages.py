@@ -105,6 +105,26 @@ def test_a_box_without_room_is_said_and_nothing_is_held(make_world, monkeypatch)
     assert world.tier.pages.num_held == 0
 
 
+def test_a_copy_that_fails_leaves_the_pages_with_the_worker(make_world, monkeypatch):
+    world = make_world()
+    slots = slots_at(0, 40)
+    world.write(1, slots)
+    spill, calls = world.tier.pages._mover.spill, []
+
+    def fail_once(move, after=()):
+        calls.append(move)
+        if len(calls) == 1:
+            raise RuntimeError("no such page")
+        spill(move, after)
+
+    monkeypatch.setattr(world.tier.pages._mover, "spill", fail_once)
+    held = world.tier.pages.keep(path_of(1, 40), 0, slots)
+    assert [part.lease for part in held] == [None]
+    assert torch.equal(bytes_of(held, world), world.read(slots))
+    assert world.tier.pages.counters.pages == 10, "what failed is not counted"
+    assert world.tier.pages.find(path_of(1, 40)) == [], "half-written pages are nobody's"
+
+
 def test_new_weights_leave_held_pages_alone(make_world):
     world = make_world()
     slots = slots_at(0, 40)

@@ -75,9 +75,7 @@ class Server:
         self.reader = HostReader(pool.layout, self.ring)
         self.table = Table(on_cuda=True)
         # Without a memory server pages go into memory of our own.
-        self.table._pages = HostPages(
-            lambda: None, lambda lease: None, self.mover, timeout_s=1, copied=lambda *_: None
-        )
+        self.table._pages = HostPages(lambda: None, lambda lease: None, self.mover, timeout_s=1)
         self.table._row = self._row
         self.stream = self.table.begin("a", 1)
         self.free, self.tokens = list(range(PAGE, DEVICE + PAGE)), 0
