@@ -128,13 +128,13 @@ def attend_pool(  # noqa: PLR0917  # called once a layer, by one caller
     converted then. Layers are numbered as in the pages of host memory.
     """
     in_place = decode.supports(q, pool.k, pool.v)
+    gathered = plan.longer if in_place else plan.single + plan.longer
     if plan.host is not None:
-        streamed = plan.longer if in_place else plan.single + plan.longer
-        plan.host.stream([request.host for request in streamed if request.host])
+        plan.host.stream([request.host for request in gathered if request.host])
         plan.host.start_layer(layer)
     if in_place and plan.single:
         _attend_single(q, pool, plan, rule, out, layer)
-    for request in plan.longer if in_place else plan.single + plan.longer:
+    for request in gathered:
         _attend_one(request, q, _read(request, pool, q.dtype), rule, out, plan.host)
 
 

@@ -34,6 +34,12 @@ def register() -> None:
             register_attention_backend(name)(create)
 
 
+def asked_in_vain(layer: Any, kwargs: dict[str, Any]) -> list[str]:
+    """What a layer asks of attention, beside keys and values, that none of our backends has."""
+    asked = [name for name, value in kwargs.items() if value is not None]
+    return [*asked, "temperature by length"] if layer.xai_temperature_len > 0 else asked
+
+
 def create(model_runner: Any) -> Any:
     """Return the backend for this model runner: ours on a CPU; on CUDA SGLang's own for FlashInfer,
     ours with streams beside it where contexts may be larger than the device.

@@ -11,6 +11,7 @@ no buffer may be kept from one layer to the next.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,8 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from smg_sglang.attention import decode
 from smg_sglang.attention.batch import KV, BatchPlan, Rule, attend_new, attend_pool, plan_batch
-from smg_sglang.engine.streams import active
+from smg_sglang.engine.attention_backend import asked_in_vain
+from smg_sglang.engine.streams import of_batch
 from smg_sglang.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,21 +54,30 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
             new = forward_batch.extend_seq_lens.tolist()
         rows = forward_batch.req_pool_indices.tolist()
         table = self.req_to_token_pool.req_to_token
-        streams = active()
-        if streams is None:
+        streams = of_batch(forward_batch)
+        begins = [stream.resident_from if stream is not None else 0 for stream in streams]
+        if not any(begins):
             slots = [table[row, :length] for row, length in zip(rows, lengths, strict=True)]
             return plan_batch(slots, new)
-        by_row = streams.by_row()
-        hosts = [by_row[row].runs if row in by_row else [] for row in rows]
-        begins = [sum(run.tokens for run in runs) for runs in hosts]
         slots = [
             table[row, begin:length]
             for row, begin, length in zip(rows, begins, lengths, strict=True)
         ]
-        return plan_batch(slots, new, hosts, streams.reader)
+        hosts = [stream.runs if stream is not None else [] for stream in streams]
+        reader = next(stream for stream in streams if stream is not None).table.reader
+        return plan_batch(slots, new, hosts, reader)
 
-    def forward_extend(  # noqa: PLR0917  # SGLang's signature
+    def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Attend the new tokens; as `_forward`."""
+        return self._forward(super().forward_extend, *args, **kwargs)
+
+    def forward_decode(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Attend one new token a request; as `_forward`."""
+        return self._forward(super().forward_decode, *args, **kwargs)
+
+    def _forward(  # noqa: PLR0917  # SGLang's signature
         self,
+        stock: Callable[..., torch.Tensor],
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
@@ -75,26 +86,10 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Attend the new tokens; q [N, heads * dim], returns [N, heads * v_dim]."""
+        """q [N, heads * dim], returns [N, heads * v_dim]."""
         _refuse_unknown(layer, kwargs)
         if self._is_stock(layer, forward_batch):
-            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
-        return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
-
-    def forward_decode(  # noqa: PLR0917  # SGLang's signature
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Attend one new token a request; q [R, heads * dim], returns [R, heads * v_dim]."""
-        _refuse_unknown(layer, kwargs)
-        if self._is_stock(layer, forward_batch):
-            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+            return stock(q, k, v, layer, forward_batch, save_kv_cache)
         return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
 
     def _is_stock(self, layer: RadixAttention, forward_batch: ForwardBatch) -> bool:
@@ -147,11 +142,9 @@ def _is_all(k: torch.Tensor, k_pool: torch.Tensor, plan: BatchPlan) -> bool:
 
 def _refuse_unknown(layer: RadixAttention, kwargs: dict[str, Any]) -> None:
     """Raise rather than compute without something that the model counts on."""
-    asked = [name for name, value in kwargs.items() if value is not None]
+    asked = asked_in_vain(layer, kwargs)
     if layer.logit_cap > 0 and layer.sliding_window_size not in (None, -1):
         asked.append("a logit cap with a sliding window")
-    if layer.xai_temperature_len > 0:
-        asked.append("temperature by length")
     if asked:
         raise ConfigError(
             f"layer {layer.layer_id} asks attention for {', '.join(asked)}, which the CPU backends "

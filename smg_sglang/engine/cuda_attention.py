@@ -10,6 +10,7 @@ Has not run on a GPU yet.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +22,9 @@ from smg_sglang.attention import flashinfer
 from smg_sglang.attention.batch import KV, Rule
 from smg_sglang.attention.device import DeviceAttention, DevicePlan, slots_of
 from smg_sglang.attention.flashinfer import Wrappers, one_slot_pages
+from smg_sglang.engine.attention_backend import asked_in_vain
 from smg_sglang.engine.stream import Stream
-from smg_sglang.engine.streams import active
+from smg_sglang.engine.streams import of_batch
 from smg_sglang.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,11 +58,11 @@ class CudaAttentionBackend(FlashInferAttnBackend):
 
     def can_run_graph(self, forward_batch: ForwardBatch) -> bool:
         """Whether a CUDA graph can compute the batch, as far as attention is concerned."""
-        return not any(_streams_of(forward_batch))
+        return not any(of_batch(forward_batch))
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan the batch; SGLang calls this once before the layers of an eager forward pass."""
-        streams = _streams_of(forward_batch)
+        streams = of_batch(forward_batch)
         if not any(streams):
             self._streamed = None
             super().init_forward_metadata(forward_batch)
@@ -83,25 +85,17 @@ class CudaAttentionBackend(FlashInferAttnBackend):
         reader = next(stream for stream in streams if stream is not None).table.reader
         return self._ours.plan(keys, new, hosts, reader)
 
-    def forward_extend(  # noqa: PLR0917  # SGLang's signature
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Attend the new tokens; q [N, heads * dim], returns [N, heads * dim]."""
-        plan = self._plan_of(forward_batch)
-        if plan is None:
-            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        _refuse_unknown(layer, kwargs)
-        return self._attend(q, k, v, layer, forward_batch, save_kv_cache, plan)
+    def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Attend the new tokens; as `_forward`."""
+        return self._forward(super().forward_extend, *args, **kwargs)
 
-    def forward_decode(  # noqa: PLR0917  # SGLang's signature
+    def forward_decode(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Attend one new token a request; as `_forward`."""
+        return self._forward(super().forward_decode, *args, **kwargs)
+
+    def _forward(  # noqa: PLR0917  # SGLang's signature
         self,
+        stock: Callable[..., torch.Tensor],
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
@@ -110,10 +104,10 @@ class CudaAttentionBackend(FlashInferAttnBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Attend one new token a request; q [R, heads * dim], returns [R, heads * dim]."""
+        """q [N, heads * dim], returns [N, heads * dim]."""
         plan = self._plan_of(forward_batch)
         if plan is None:
-            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            return stock(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         _refuse_unknown(layer, kwargs)
         return self._attend(q, k, v, layer, forward_batch, save_kv_cache, plan)
 
@@ -144,14 +138,6 @@ class CudaAttentionBackend(FlashInferAttnBackend):
         return self._streamed[1]
 
 
-def _streams_of(forward_batch: ForwardBatch) -> list[Stream | None]:
-    """For each request of the batch its stream; [] where there are none at all."""
-    streams = active()
-    if streams is None or not forward_batch.rids:
-        return []
-    return [streams.by_rid(rid) for rid in forward_batch.rids]
-
-
 def _refuse_mode(forward_batch: ForwardBatch) -> None:
     mode = forward_batch.forward_mode
     if not mode.is_decode() and not mode.is_extend_without_speculative():
@@ -160,13 +146,11 @@ def _refuse_mode(forward_batch: ForwardBatch) -> None:
 
 def _refuse_unknown(layer: RadixAttention, kwargs: dict[str, Any]) -> None:
     """Raise rather than compute without something that the model counts on."""
-    asked = [name for name, value in kwargs.items() if value is not None]
+    asked = asked_in_vain(layer, kwargs)
     if layer.sliding_window_size > -1:
         asked.append("a sliding window")
     if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
         asked.append("attention that is not causal")
-    if layer.xai_temperature_len > 0:
-        asked.append("temperature by length")
     if asked:
         raise ConfigError(
             f"layer {layer.layer_id} asks attention for {', '.join(asked)}, which a context that "

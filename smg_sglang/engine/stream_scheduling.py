@@ -128,7 +128,7 @@ def _make_room(streams: Streams, adder: Any, req: Any) -> None:
     if not streams.keep_resident:
         return
     known = len(req.full_untruncated_fill_ids or req.origin_input_ids)
-    wanted = streams.limits.paged(known - req.prefix_len + new_tokens(req)) + streams.limits.page
+    wanted = streams.limits.paged(known - req.prefix_len + new_tokens(req)) + streams.page
     if wanted > min(adder.rem_total_tokens, adder.cur_rem_tokens):
         streams.leave_device()
 
@@ -145,10 +145,11 @@ def _waits_for_host(streams: Streams, adder: Any, req: Any) -> bool:
 
 def _room(streams: Streams, adder: Any) -> int:
     """Tokens of the device that a stream's chunk may take now, in whole pages."""
-    room = _free_room(streams.limits, adder)
-    if room < streams.limits.page and streams.keep_resident:
+    limits = streams.limits
+    room = _free_room(limits, adder)
+    if room < limits.page and streams.keep_resident:
         streams.leave_device()
-        room = _free_room(streams.limits, adder)
+        room = _free_room(limits, adder)
     return room
 
 
@@ -207,10 +208,10 @@ def chunk_limit(streams: Streams, adder: Any, req: Any) -> int | None:
     if stream.failure is not None:
         streams.checkpoint(stream, req.prefix_len)
     room = _room(streams, adder)
-    if room < streams.limits.page and stream.failure is not None:
+    if room < streams.page and stream.failure is not None:
         # It holds the room that it waits for. A last page, after which SGLang drops it.
-        return streams.limits.page
-    return room if room >= streams.limits.page else 0
+        return streams.page
+    return room if room >= streams.page else 0
 
 
 def around_running_offset(original: Original, adder: Any, req: Any) -> Any:
@@ -234,14 +235,14 @@ def before_check_decode_mem(batch: Any, *args: Any, **kwargs: Any) -> None:
 def make_decode_room(streams: Streams, batch: Any) -> None:
     """Streams move what they gathered to host memory, and all that they have where slots are
     short."""
-    allocator, page = batch.token_to_kv_pool_allocator, streams.limits.page
+    allocator, limits = batch.token_to_kv_pool_allocator, streams.limits
     free = allocator.available_size() + batch.tree_cache.evictable_size()
-    short = free < page * len(batch.reqs)
+    short = free < limits.page * len(batch.reqs)
     for req in batch.reqs:
         stream = streams.get(req)
         if stream is None or req.finished() or req.to_finish is not None:
             continue
-        streams.leave_tail(stream, page if short else streams.limits.tail)
+        streams.leave_tail(stream, limits.page if short else limits.tail)
         if stream.failure is not None:
             req.to_finish = failed(stream)
 

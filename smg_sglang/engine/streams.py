@@ -55,6 +55,8 @@ from smg_sglang.transfer.segments import SegmentRing
 from smg_sglang.tree.page_keys import KEY_BYTES, keys_from_hex
 
 if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
     from smg_sglang.engine.cache import SmgRadixCache
     from smg_sglang.engine.host_tier import HostTier
 
@@ -69,6 +71,14 @@ _active: Streams | None = None
 def active() -> Streams | None:
     """The streams of this process's worker, for its attention backend; None without any."""
     return _active if _active is not None and len(_active) else None
+
+
+def of_batch(forward_batch: ForwardBatch) -> list[Stream | None]:
+    """For each request of a batch its stream; [] where there are none at all."""
+    streams = active()
+    if streams is None or not forward_batch.rids:
+        return []
+    return [streams.by_rid(rid) for rid in forward_batch.rids]
 
 
 def activate(streams: Streams) -> None:
@@ -94,14 +104,18 @@ class Streams:
             pins=tier.pins,
         )
         self.reader = HostReader(layout, ring)
-        self._ring = ring
+
+    @property
+    def page(self) -> int:
+        """Tokens a page."""
+        return self._tier.layout.page_size
 
     @property
     def limits(self) -> Limits:
-        """As they are now: a memory server that is away has no room."""
+        """As they are now: a memory server that is away has no room. Asks the connection, so once
+        for a decision."""
         device = self._cache.token_to_kv_pool_allocator.size
-        host, page = self._tier.host_tokens(), self._tier.layout.page_size
-        return Limits(device, host, page, self._tier.device.type == "cuda")
+        return Limits(device, self._tier.host_tokens(), self.page, self._tier.device.type == "cuda")
 
     def __len__(self) -> int:
         return len(self._by_rid)
@@ -117,10 +131,6 @@ class Streams:
         """The stream of a request that is in a batch."""
         return self._by_rid.get(rid)
 
-    def by_row(self) -> dict[int, Stream]:
-        """Streams by their row of the request-to-token table."""
-        return {s.req.kv.req_pool_idx: s for s in self if s.req.kv.req_pool_idx is not None}
-
     # ---- before a request is admitted ----
 
     def needs(self, req: Any) -> bool:
@@ -130,7 +140,8 @@ class Streams:
 
     def new_tokens_limit(self, req: Any) -> int:
         """Tokens it may generate as a stream; below 1 where host memory has no room for that."""
-        return self.limits.host - self.limits.paged(len(req.origin_input_ids)) - self.limits.page
+        limits = self.limits
+        return limits.host - limits.paged(len(req.origin_input_ids)) - limits.page
 
     def host_room(self) -> int:
         """Tokens of host memory that no stream counts on."""
@@ -143,20 +154,20 @@ class Streams:
         stream does not lock the tree, or it would hold the very slots it needs.
         """
         limit = req._compute_max_prefix_len(len(req.full_untruncated_fill_ids))
-        tokens = max(0, limit) // self.limits.page * self.limits.page
+        tokens = max(0, limit) // self.page * self.page
         stream = Stream(self, req, self.host_need(req))
         path, hexes = self._keys(req, 0, tokens, None)
         held = self._pages.find(path)
-        if sum(part.num_pages for part in held) * self.limits.page < req.prefix_len:
+        if sum(part.num_pages for part in held) * self.page < req.prefix_len:
             self._pages.release(held)
             slots = self._cache.prefix_device_indices(req)
-            on_device = slots.numel() // self.limits.page
+            on_device = slots.numel() // self.page
             self._tier.spill_now(path[: on_device * KEY_BYTES], slots)
             held = self._pages.find(path)
         pages = sum(part.num_pages for part in held)
         stream.held, stream.path = held, path[: pages * KEY_BYTES]
         stream.last_hash = hexes[pages - 1] if pages else None
-        stream.resident_from = pages * self.limits.page
+        stream.resident_from = pages * self.page
         self._by_rid[req.rid] = stream
         return stream
 
@@ -174,11 +185,11 @@ class Streams:
         """
         self._keep(stream, up_to)
         if stream.failure is None:
-            share = self.limits.resident // max(1, len(self)) // self.limits.page
-            self._free_until(stream, (stream.host_pages - share) * self.limits.page)
+            share = self.limits.resident // max(1, len(self)) // self.page
+            self._free_until(stream, (stream.host_pages - share) * self.page)
 
     def _keep(self, stream: Stream, up_to: int) -> None:
-        page, req = self.limits.page, stream.req
+        page, req = self.page, stream.req
         known, first = up_to // page, stream.host_pages
         if known > first:
             path, hexes = self._keys(req, first * page, known * page, stream.last_hash)
@@ -212,7 +223,7 @@ class Streams:
         """
         # The KV of the newest token may still be on its way.
         known = stream.req.kv.kv_committed_len - 1
-        page = self.limits.page
+        page = self.page
         if known - stream.host_pages * page >= least:
             stream.req.refresh_fill_ids()
             self.checkpoint(stream, known)
@@ -227,7 +238,7 @@ class Streams:
     def leave_device(self) -> None:
         """Free the slots of all that host memory has, since others wait for them."""
         for stream in self:
-            self._free_until(stream, stream.host_pages * self.limits.page)
+            self._free_until(stream, stream.host_pages * self.page)
 
     def weights_changed(self) -> None:
         """What open streams compute from now on rests on former weights."""
@@ -239,7 +250,7 @@ class Streams:
         held = sum(part.num_pages for stream in self for part in stream.held)
         return {
             "streams": len(self),
-            "stream_held_tokens": held * self.limits.page,
+            "stream_held_tokens": held * self.page,
             "stream_promised_tokens": sum(stream.host_need for stream in self),
             "host_tokens": self.limits.host,
         }
@@ -255,7 +266,7 @@ class Streams:
     def filler(self) -> int:
         """A slot of SGLang's padding page, for tokens that have none: the last of it, so that the
         next token begins a page."""
-        return self.limits.page - 1
+        return self.page - 1
 
     def prefix_slots(self, stream: Stream) -> torch.Tensor:
         """int64 [prefix]: what stands in the table for a prefix in host memory; what of it is on
@@ -277,10 +288,5 @@ class Streams:
         key = RadixKey(
             req.full_untruncated_fill_ids[begin:end], req.extra_key, cache_salt=req.cache_salt
         )
-        hexes = get_storage_hash_str(key, parent, page_size=self.limits.page)
+        hexes = get_storage_hash_str(key, parent, page_size=self.page)
         return keys_from_hex(hexes), hexes
-
-    def shut_down(self) -> None:
-        """End the ring's thread."""
-        self.reader.begin()
-        self._ring.close()

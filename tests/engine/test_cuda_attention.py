@@ -14,6 +14,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from smg_sglang.attention.host import HostRun
 from smg_sglang.engine import attention_backend, cuda_attention, flags
+from smg_sglang.engine import streams as stream_table
 from smg_sglang.errors import ConfigError
 from tests.attention import fake_flashinfer
 from tests.attention.reference import TOLERANCE, reference
@@ -148,7 +149,7 @@ def make_world(monkeypatch):
         world = World(requests, mode)
         made.append(world.keys)
         streams = world.streams if world.streams.found else None
-        monkeypatch.setattr(cuda_attention, "active", lambda: streams)
+        monkeypatch.setattr(stream_table, "active", lambda: streams)
         return world
 
     yield make
