@@ -158,10 +158,10 @@ def make_config(
                 "--smg-eviction-policy is for a memory server of this server's own; leave it out "
                 "with --smg-memory, and give --eviction-policy to `python -m smg_sglang memory`."
             )
-        memory_address = check_address(memory_address)
+        memory_address, eviction = check_address(memory_address), None
     else:
         host_gb = check_host_gb(host_gb, device)
-        eviction_policy = check_eviction(eviction_policy or DEFAULT_EVICTION)
+        eviction = check_eviction(eviction_policy or DEFAULT_EVICTION)
     split = {
         "prefill_devices": prefill_devices,
         "decode_devices": decode_devices,
@@ -175,7 +175,7 @@ def make_config(
         host_gb=host_gb,
         write_policy=WritePolicy(write_policy),
         memory_address=memory_address,
-        eviction_policy=EvictionName(eviction_policy) if eviction_policy else None,
+        eviction_policy=eviction,
         page_size=page_size,
         lookup_timeout_ms=lookup_timeout_ms,
         prefill_workers=prefill_workers,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from smg_sglang import TESTED_SGLANG
@@ -269,81 +269,82 @@ def _refuse_untested_sglang(config: SmgConfig) -> None:
     logger.warning("SGLang %s was not tested with smg_sglang (%s was).", sglang.__version__, tested)
 
 
+def _refuse_any(sentence: str, conflicts: Sequence[tuple[Any, str]]) -> None:
+    """Raise ConfigError with the first of the conflicts that is there, in the sentence's braces."""
+    for found, what in conflicts:
+        if found:
+            raise ConfigError(sentence.format(what))
+
+
 def _refuse_flags(args: ServerArgs) -> None:
     """Refuse what cannot be combined with the host tier."""
-    conflicts = [
-        (args.enable_hierarchical_cache, "--enable-hierarchical-cache"),
-        (args.hicache_storage_backend is not None, "--hicache-storage-backend"),
-        (args.enable_lmcache, "--enable-lmcache"),
-        (args.enable_flexkv, "--enable-flexkv"),
-        (
-            args.enable_unified_cache_external_linker,
-            "--enable-unified-cache-external-linker",
-        ),
-        (args.radix_cache_backend is not None, "--radix-cache-backend"),
-        (args.disable_radix_cache, "--disable-radix-cache"),
-        (args.pp_size > 1, "--pp-size above 1"),
-        (args.disaggregation_mode not in (None, "null"), "--disaggregation-mode"),
-        (args.speculative_algorithm is not None, "--speculative-algorithm"),
-    ]
-    for found, flag in conflicts:
-        if found:
-            raise ConfigError(f"--enable-smg cannot be combined with {flag}; drop one of the two.")
+    _refuse_any(
+        "--enable-smg cannot be combined with {}; drop one of the two.",
+        [
+            (args.enable_hierarchical_cache, "--enable-hierarchical-cache"),
+            (args.hicache_storage_backend is not None, "--hicache-storage-backend"),
+            (args.enable_lmcache, "--enable-lmcache"),
+            (args.enable_flexkv, "--enable-flexkv"),
+            (
+                args.enable_unified_cache_external_linker,
+                "--enable-unified-cache-external-linker",
+            ),
+            (args.radix_cache_backend is not None, "--radix-cache-backend"),
+            (args.disable_radix_cache, "--disable-radix-cache"),
+            (args.pp_size > 1, "--pp-size above 1"),
+            (args.disaggregation_mode not in (None, "null"), "--disaggregation-mode"),
+            (args.speculative_algorithm is not None, "--speculative-algorithm"),
+        ],
+    )
 
 
 def _refuse_beside_split(args: ServerArgs) -> None:
     """Refuse what cannot be combined with prefill and decode workers."""
-    conflicts = [
-        (args.dp_size > 1, "--dp-size above 1"),
-        (args.attn_dp_size > 1, "--attn-dp-size above 1"),
-        (args.enable_dp_attention, "--enable-dp-attention"),
-        (args.nnodes > 1, "--nnodes above 1"),
-        (args.tokenizer_worker_num > 1, "--tokenizer-worker-num above 1"),
-        (args.enable_lora or args.lora_paths, "LoRA adapters"),
-    ]
-    for found, flag in conflicts:
-        if found:
-            raise ConfigError(
-                f"--smg-prefill-workers and --smg-decode-workers cannot be combined with {flag}; "
-                "drop one of the two."
-            )
+    _refuse_any(
+        "--smg-prefill-workers and --smg-decode-workers cannot be combined with {}; drop one of "
+        "the two.",
+        [
+            (args.dp_size > 1, "--dp-size above 1"),
+            (args.attn_dp_size > 1, "--attn-dp-size above 1"),
+            (args.enable_dp_attention, "--enable-dp-attention"),
+            (args.nnodes > 1, "--nnodes above 1"),
+            (args.tokenizer_worker_num > 1, "--tokenizer-worker-num above 1"),
+            (args.enable_lora or args.lora_paths, "LoRA adapters"),
+        ],
+    )
 
 
 def _refuse_beside_streams(args: ServerArgs) -> None:
     """Refuse what cannot be combined with contexts that are streamed from host memory."""
     attention = args.attention_backend
-    conflicts = [
-        (args.tp_size > 1, "--tp-size above 1"),
-        (attention not in (None, *attention_backend.NAMES), f"--attention-backend {attention}"),
-        (args.allow_auto_truncate, "--allow-auto-truncate"),
-        (args.dllm_algorithm is not None, "--dllm-algorithm"),
-    ]
-    for found, flag in conflicts:
-        if found:
-            raise ConfigError(
-                f"--smg-stream-context cannot be combined with {flag}; drop one of the two."
-            )
+    _refuse_any(
+        "--smg-stream-context cannot be combined with {}; drop one of the two.",
+        [
+            (args.tp_size > 1, "--tp-size above 1"),
+            (attention not in (None, *attention_backend.NAMES), f"--attention-backend {attention}"),
+            (args.allow_auto_truncate, "--allow-auto-truncate"),
+            (args.dllm_algorithm is not None, "--dllm-algorithm"),
+        ],
+    )
 
 
 def _prepare_cuda_streams(args: ServerArgs) -> None:
     """Choose our attention backend, and refuse what it has no kernels for."""
-    conflicts = [
-        (args.prefill_attention_backend is not None, "--prefill-attention-backend"),
-        (args.decode_attention_backend is not None, "--decode-attention-backend"),
-        (args.dtype in ("float32", "float"), f"--dtype {args.dtype} on CUDA"),
-        (
-            args.kv_cache_dtype not in ("auto", "bf16", "bfloat16"),
-            f"--kv-cache-dtype {args.kv_cache_dtype} on CUDA",
-        ),
-        (args.enable_dp_attention, "--enable-dp-attention"),
-        (args.enable_two_batch_overlap, "--enable-two-batch-overlap"),
-        (args.enable_pdmux, "--enable-pdmux"),
-    ]
-    for found, flag in conflicts:
-        if found:
-            raise ConfigError(
-                f"--smg-stream-context cannot be combined with {flag}; drop one of the two."
-            )
+    _refuse_any(
+        "--smg-stream-context cannot be combined with {}; drop one of the two.",
+        [
+            (args.prefill_attention_backend is not None, "--prefill-attention-backend"),
+            (args.decode_attention_backend is not None, "--decode-attention-backend"),
+            (args.dtype in ("float32", "float"), f"--dtype {args.dtype} on CUDA"),
+            (
+                args.kv_cache_dtype not in ("auto", "bf16", "bfloat16"),
+                f"--kv-cache-dtype {args.kv_cache_dtype} on CUDA",
+            ),
+            (args.enable_dp_attention, "--enable-dp-attention"),
+            (args.enable_two_batch_overlap, "--enable-two-batch-overlap"),
+            (args.enable_pdmux, "--enable-pdmux"),
+        ],
+    )
     args.attention_backend = attention_backend.NAME
     logger.warning(
         "--smg-stream-context on CUDA was written and checked without a GPU and has never run on "
@@ -355,27 +356,30 @@ def refuse_streams(args: ServerArgs) -> None:
     """Refuse contexts from host memory where resolved arguments or the model rule them out.
 
     Raises:
-        ConfigError: for attention that cannot read host memory, prompts in one piece, embeddings.
+        ConfigError: for attention that cannot read host memory, prompts in one piece, embeddings,
+            sliding windows, and MLA on CUDA.
     """
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.configs.model_config import AttentionArch
+
+    model = model_config_of(args)
     backends = {args.attention_backend, args.prefill_attention_backend}
     others = (backends | {args.decode_attention_backend}) - {None, *attention_backend.NAMES}
-    conflicts = [
-        (bool(others), f"attention backend {', '.join(sorted(others))}"),
-        ((args.chunked_prefill_size or 0) <= 0, "prompts that are not computed in chunks"),
-        (args.is_embedding, "embedding models"),
-        (_has_windows(args), "models with sliding-window layers"),
-    ]
-    for found, what in conflicts:
-        if found:
-            raise ConfigError(
-                f"--smg-stream-context cannot be combined with {what}; start without it."
-            )
+    _refuse_any(
+        "--smg-stream-context cannot be combined with {}; start without it.",
+        [
+            (others, f"attention backend {', '.join(sorted(others))}"),
+            ((args.chunked_prefill_size or 0) <= 0, "prompts that are not computed in chunks"),
+            (args.is_embedding, "embedding models"),
+            (_has_windows(model.hf_text_config), "models with sliding-window layers"),
+        ],
+    )
+    if model.attention_arch == AttentionArch.MLA and _device_kind(args) == "cuda":
+        raise ConfigError(NO_MLA)
 
 
-def _has_windows(args: ServerArgs) -> bool:
-    from sglang.srt.arg_groups.model_override_base import model_config_of
-
-    config = model_config_of(args).hf_text_config
+def _has_windows(config: Any) -> bool:
+    """Whether a model's configuration has layers with a sliding window."""
     kinds = getattr(config, "layer_types", None) or ()
     return "sliding_attention" in kinds or (
         bool(getattr(config, "sliding_window", None))
@@ -387,13 +391,11 @@ def refuse_model(server_args: ServerArgs) -> None:
     """Refuse a model whose state is more than KV pages, before any process is started.
 
     Raises:
-        ConfigError: for sliding-window and Mamba hybrids, and for MLA where contexts are streamed
-            on CUDA.
+        ConfigError: for sliding-window and Mamba hybrids, and for what `refuse_streams` refuses.
     """
     if chosen(server_args).get("stream_context"):
         refuse_streams(server_args)
     from sglang.srt.arg_groups.model_override_base import model_config_of
-    from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
 
     model = model_config_of(server_args)
@@ -402,10 +404,6 @@ def refuse_model(server_args: ServerArgs) -> None:
     elif uses_ssm_state(model):
         kind = "Mamba and linear-attention"
     else:
-        streams = chosen(server_args).get("stream_context")
-        is_mla = streams and model.attention_arch == AttentionArch.MLA
-        if is_mla and _device_kind(server_args) == "cuda":
-            raise ConfigError(NO_MLA)
         return
     raise ConfigError(
         f"{kind} hybrid models ({', '.join(model.hf_config.architectures)}) are not supported "
