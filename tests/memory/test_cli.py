@@ -109,3 +109,26 @@ def test_the_default_address_is_this_users(monkeypatch):
     assert Address.default().directory == f"/run/user/7/smg-{os.getuid()}/memory"
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert Address.default().directory.startswith("/tmp/")
+
+
+#: A server whose signals reach another of its threads: then the poll is not interrupted, as it is not
+#: by a signal that comes just before the poll.
+SIGNALLED_ELSEWHERE = """
+import signal, sys, threading, time
+from pathlib import Path
+from smg_sglang.memory.cli import main
+
+def signal_myself():
+    while not Path(sys.argv[1], "control").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)  # until the poll blocks
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+threading.Thread(target=signal_myself, daemon=True).start()
+sys.exit(main(["--host-gb", "0.0625", "--no-pretouch", "--address", sys.argv[1]]))
+"""
+
+
+def test_a_signal_that_does_not_interrupt_the_poll_ends_the_server(directory):
+    command = [sys.executable, "-c", SIGNALLED_ELSEWHERE, f"{directory}/memory"]
+    assert subprocess.run(command, timeout=20, check=False).returncode == 0
