@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -26,6 +25,7 @@ from rich.progress import (
 from bench.serving import machine, report
 from bench.serving.phases import PHASES, Result, Servers, make_phases
 from bench.serving.plot import plot
+from bench.serving.setting import choose_model, open_console, shown
 from bench.serving.subjects import HICACHE, SMG, STOCK, attention_backend, running
 from tools.sglang_server import ServerDied
 
@@ -64,18 +64,12 @@ def _phases(text: str) -> tuple[str, ...]:
 def main(arguments: list[str]) -> int:
     """Run all phases; 0 whatever the figures are."""
     options = parse(arguments)
-    # The servers are stopped on the way out, so a signal has to be a way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    if options.model_path is None:
-        from tools.demo_model import demo_model
-
-        options.model_path = str(demo_model())
-    os.environ.setdefault("HF_HUB_OFFLINE", "1" if Path(options.model_path).is_dir() else "0")
+    console = open_console()
+    choose_model(options)
     began = time.monotonic()
     results: dict[str, Any] = {
         "machine": machine.describe(),
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+        "options": shown(options),
     }
     subjects = [STOCK, SMG, *([HICACHE] if options.hicache else [])]
     with ExitStack() as stack:

@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import random
-import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,8 +20,9 @@ from rich.table import Table
 
 from bench.serving import machine
 from bench.serving.client import Answer, Client
+from bench.serving.setting import choose_model, open_console, shown
 from bench.serving.statistics import compare, spread
-from bench.serving.subjects import attention_backend
+from bench.serving.subjects import start_smg
 from tools.sglang_server import SglangServer
 
 OUT = Path(__file__).parent / "out"
@@ -47,30 +47,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quick:
         options.repeats = min(options.repeats, 2)
-    if options.model_path is None:
-        from tools.demo_model import demo_model
-
-        options.model_path = str(demo_model())
     return options
 
 
 def start(options: argparse.Namespace, name: str) -> SglangServer:
     """A server; only pool and streaming differ."""
     pool = options.tokens // options.share if name == STREAMED else options.tokens + 1024
-    args = [
-        *("--enable-smg", "--smg-host-gb", str(options.host_gb), "--dtype", options.dtype),
-        *("--max-total-tokens", str(pool), "--chunked-prefill-size", str(options.chunk)),
-        *("--log-level", "warning"),
-        *options.server_args.split(),
-    ]
-    if backend := attention_backend(None):
-        args += ["--attention-backend", backend]
+    args = ["--max-total-tokens", str(pool), "--chunked-prefill-size", str(options.chunk)]
     if name == STREAMED:
         args.append("--smg-stream-context")
-    logs = options.out.parent / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    log = logs / f"context-{name.replace(' ', '-')}.log"
-    return SglangServer(options.model_path, args, log=log)
+    return start_smg(options, f"context-{name}", args)
 
 
 async def ask(server: SglangServer, prompt: list[int], answer_tokens: int) -> Answer:
@@ -148,12 +134,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    # The servers are stopped on the way out, so a signal has to be a way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = open_console()
+    choose_model(options)
     results: dict[str, Any] = {
         "machine": machine.describe(),
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+        "options": shown(options),
     }
     with ExitStack() as stack:
         with console.status("starting two servers"):

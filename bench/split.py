@@ -8,9 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import signal
 import statistics
 import sys
 from contextlib import ExitStack
@@ -24,7 +22,8 @@ from rich.table import Table
 
 from bench.serving import machine
 from bench.serving.client import Answer, Client
-from bench.serving.subjects import attention_backend
+from bench.serving.setting import choose_model, open_console, shown
+from bench.serving.subjects import start_smg
 from tools.sglang_server import SglangServer
 
 OUT = Path(__file__).parent / "out"
@@ -74,33 +73,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--server-args", default="", help="more flags for both servers, as one string")
     add("--out", type=Path, default=OUT / "split.json", help="the JSON file; the PNG lies beside")
     options = parser.parse_args(arguments)
-    if options.model_path is None:
-        from tools.demo_model import demo_model
-
-        options.model_path = str(demo_model())
     return options
 
 
 def start(options: argparse.Namespace, name: str) -> SglangServer:
     """A server; only the split differs."""
-    args = [
-        *("--enable-smg", "--smg-host-gb", str(options.host_gb), "--dtype", options.dtype),
-        *("--max-total-tokens", str(options.pool_tokens), "--log-level", "warning"),
-        "--enable-metrics",
-        *options.server_args.split(),
-    ]
-    if backend := attention_backend(None):
-        args += ["--attention-backend", backend]
+    args = ["--max-total-tokens", str(options.pool_tokens), "--enable-metrics"]
     if name == MIXED:
         args += MIXED_ARGS
     if name == SPLIT:
         args += ["--smg-prefill-workers", str(options.prefill_workers)]
         args += ["--smg-decode-workers", str(options.decode_workers)]
-    logs = options.out.parent / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    return SglangServer(
-        options.model_path, args, log=logs / f"split-{name.replace(',', '').replace(' ', '-')}.log"
-    )
+    return start_smg(options, f"split-{name}", args)
 
 
 def prompt(rng: random.Random, length: int) -> list[int]:
@@ -263,10 +247,8 @@ def plot(turns: dict[str, list[Turn]], path: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    # The servers are stopped on the way out, so a signal has to be a way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1" if Path(options.model_path).is_dir() else "0")
+    console = open_console()
+    choose_model(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     described = machine.describe()
     turns: dict[str, list[Turn]] = {UNSPLIT: [], MIXED: [], SPLIT: []}
@@ -294,7 +276,7 @@ def main(arguments: list[str]) -> int:
     raw = {name: [asdict(turn) for turn in taken] for name, taken in turns.items()}
     result = {
         "machine": described,
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+        "options": shown(options),
         "figures": found,
         "verdicts": judged,
         "phase_seconds": phases,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -24,6 +22,7 @@ from bench.programs.measure import Program, Result, take_turns, warm_up
 from bench.programs.report import print_result
 from bench.programs.texts import source
 from bench.serving import machine
+from bench.serving.setting import choose_model, open_console, shown
 from bench.serving.subjects import SMG, STOCK, attention_backend, running
 from tools.sglang_server import ServerDied
 
@@ -85,19 +84,14 @@ def measure(console: Console, options: argparse.Namespace) -> Result:
 def main(arguments: list[str]) -> int:
     """0 where all outputs of ours are stock's, or stock differs from itself as well."""
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    if options.model_path is None:
-        from tools.demo_model import demo_model
-
-        options.model_path = str(demo_model())
-    os.environ.setdefault("HF_HUB_OFFLINE", "1" if Path(options.model_path).is_dir() else "0")
+    console = open_console()
+    choose_model(options)
     began = time.monotonic()
     described = machine.describe()
     programs = measure(console, options)
     results = {
         "machine": described,
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+        "options": shown(options),
         "programs": programs,
         "seconds": time.monotonic() - began,
     }

@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -34,6 +33,7 @@ from bench.replay.run import replay, warm_up
 from bench.replay.summary import described, figures, print_table, summary
 from bench.replay.words import Words, words_of
 from bench.serving import machine
+from bench.serving.setting import choose_model, open_console, shown
 from bench.serving.subjects import PAGE_SIZE, SMG, STOCK, attention_backend, running
 from smg_sglang.errors import TraceError
 from smg_sglang.simulate.options import above_0, count
@@ -198,10 +198,8 @@ def _model(options: argparse.Namespace, urls: dict[str, str]) -> str:
         if "model_path" not in told:
             raise RuntimeError(f"{url} does not say its model: is it an SGLang server?")
         return str(told["model_path"])
-    from tools.demo_model import demo_model
-
-    options.model_path = str(demo_model())
-    return options.model_path
+    choose_model(options)
+    return str(options.model_path)
 
 
 def _said(trace: Result) -> str:
@@ -215,18 +213,16 @@ def _said(trace: Result) -> str:
 def main(arguments: list[str]) -> int:
     """1 where a request failed."""
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = open_console(140)
     if options.model_path:
-        local = Path(options.model_path).is_dir()
-        os.environ.setdefault("HF_HUB_OFFLINE", "1" if local else "0")
+        choose_model(options)
     if options.json.is_dir():
         sys.exit(f"--json {options.json} is a folder: name a file in it")
     options.json.parent.mkdir(parents=True, exist_ok=True)
     described_machine = machine.describe()
     results = run(console, options)
     results["machine"] = described_machine
-    results["options"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    results["options"] = shown(options)
     options.json.write_text(json.dumps(results, indent=1) + "\n")
     plot(results, options.json.with_suffix(".png"))
     console.print(f"{options.json}\n{options.json.with_suffix('.png')}")

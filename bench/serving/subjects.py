@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -33,6 +33,21 @@ def server_args(subject: str, options: Namespace) -> list[str]:
         args += ["--enable-hierarchical-cache", "--hicache-size", str(round(options.host_gb))]
         args += ["--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"]
     return args + shlex.split(options.server_args)
+
+
+def start_smg(options: Namespace, name: str, more: Sequence[str]) -> SglangServer:
+    """A server of ours with `more` flags, to be compared with ours; its log is in OUT/logs."""
+    args = [
+        *("--enable-smg", "--smg-host-gb", str(options.host_gb), "--dtype", options.dtype),
+        *("--log-level", "warning"),
+        *shlex.split(options.server_args),
+    ]
+    if backend := attention_backend(None):
+        args += ["--attention-backend", backend]
+    logs = options.out.parent / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"{name.replace(',', '').replace(' ', '-')}.log"
+    return SglangServer(options.model_path, [*args, *more], log=log)
 
 
 def server_env(subject: str) -> dict[str, str]:

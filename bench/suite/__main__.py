@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.serving import machine
+from bench.serving.setting import open_console
 from bench.suite import records
 from bench.suite.child import GRACE_S, Outcome, run
 from bench.suite.figures import Figure, figure_from, lines
@@ -124,8 +124,7 @@ def keep(console: Console, options: argparse.Namespace, record: dict[str, Any]) 
 def main(arguments: list[str]) -> int:
     """1 where a part did not end well; all are run in any case, and what ran is recorded."""
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = open_console(140)
     record: dict[str, Any] = {"machine": machine.describe(), "quick": options.quick, "parts": []}
     record["seconds"] = 0.0
     try:
