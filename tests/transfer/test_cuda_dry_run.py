@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.fake_cuda import Driver
 from tests.transfer import worlds
 
 
@@ -28,23 +29,6 @@ class Nothing:
 
     def synchronize(self):
         pass
-
-
-class Driver:
-    """cudart: registers up to a limit."""
-
-    def __init__(self, limit=1 << 60):
-        self.registered = {}
-        self.limit = limit
-
-    def cudaHostRegister(self, address, size, flags):
-        if sum(self.registered.values()) + size > self.limit:
-            return 2
-        self.registered[address] = size
-        return 0
-
-    def cudaHostUnregister(self, address):
-        del self.registered[address]
 
 
 @pytest.fixture
