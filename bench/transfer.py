@@ -29,8 +29,9 @@ from rich.table import Table
 
 from smg_sglang.memory.arena import Arena, create_memfd
 from smg_sglang.transfer import DevicePool, Mover
+from smg_sglang.transfer.copy_choice import CopyMethods, Method
 from smg_sglang.transfer.cpu import CpuMover, kernels
-from smg_sglang.transfer.cuda import CudaMover, Method
+from smg_sglang.transfer.cuda import CudaMover
 from smg_sglang.transfer.pinning import ArenaPins
 
 Subjects = dict[str, Callable[[], None]]
@@ -129,7 +130,7 @@ def cuda_subjects(world: World) -> Subjects:
     }
     methods: tuple[Method, ...] = ("kernel", "copies")
     for method in methods:
-        mover = CudaMover(world.pool, method=method, shared_pins=world.pins)
+        mover = CudaMover(world.pool, methods=CopyMethods(method, method), shared_pins=world.pins)
         mover.pin(world.arena.buffer)
         if not mover.wait_pinned(world.arena.buffer):
             raise SystemExit("the driver does not page-lock the arena (see `ulimit -l`)")

@@ -31,7 +31,8 @@ to a load                                                          for `order_af
 load writes a layer, then   `LayerCounter.wait_until(layer)`       the current stream waits for
 the forward reads it        blocks on the batch's condition until  the layer's event; the CPU waits
                             the loader thread passed that layer    only while a layer is not yet
-                                                                   enqueued (unpinned pages)
+                                                                   enqueued (unpinned pages,
+                                                                   or copies by copy engines)
 load writes slots, then     the engine frees or inserts them only  the same: `finish` waits for
 anybody reuses them         after `LayerLoads.finish(index)`       the last layer's event
 load reads a page, then     the lease is released after `finish`   the same

@@ -11,17 +11,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import gcd
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
+from smg_sglang.transfer.copy_choice import CopyMethods, Method
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import Mark, Mover, PageMove
 from smg_sglang.transfer.pinning import ArenaPins
 from smg_sglang.transfer.staging import RING_BYTES, StagingRing
-
-Method = Literal["kernel", "copies"]
 
 
 class EventMark(Mark):
@@ -60,7 +59,8 @@ class CudaMover(Mover):
 
     ``kernel``: a Triton kernel reads or writes host memory itself; nothing waits on the CPU, and
     slots never leave the device. ``copies``: one cudaMemcpyAsync for each run of slots, which
-    leaves the SMs alone but needs the slots on the host, so a thread enqueues them.
+    leaves the SMs alone but needs the slots on the host, so a thread enqueues them, after what the
+    copies come after. `copy_measure` chooses.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class CudaMover(Mover):
         *,
         order_after: Sequence[Any] = (),
         shared_pins: ArenaPins | None = None,
-        method: Method = "kernel",
+        methods: CopyMethods | None = None,
         pins: bool = True,
         programs: int = 16,
         ring_bytes: int = RING_BYTES,
@@ -79,7 +79,7 @@ class CudaMover(Mover):
         launch."""
         super().__init__(pool)
         self._order_after = order_after
-        self._method = method
+        self._methods = methods or CopyMethods()
         self._pins = pins
         self._programs = programs
         self._load_stream = torch.cuda.Stream(pool.device)
@@ -90,15 +90,20 @@ class CudaMover(Mover):
         self._pinned = shared_pins or ArenaPins()
         self._spilling = threading.Lock()
         self._word = gcd(8, *(part.row_bytes for part in self.layout.parts))
-        if method == "kernel":
-            self._compile()
+        self._compile()
 
     def _compile(self) -> None:
         """Compile the kernels (cached on disk) now and not when a request waits."""
         nothing = torch.empty(0, dtype=torch.int64, device=self.pool.device)
-        for rows in self.pool.rows[0]:
-            for to_arena in (False, True):
-                self._launch(rows, rows.data_ptr(), nothing, nothing, self._word, to_arena=to_arena)
+        for to_arena in (False, True):
+            if self._method(to_arena) == "kernel":
+                for rows in self.pool.rows[0]:
+                    self._launch(
+                        rows, rows.data_ptr(), nothing, nothing, self._word, to_arena=to_arena
+                    )
+
+    def _method(self, to_arena: bool) -> Method:
+        return self._methods.spill if to_arena else self._methods.load
 
     def prepare(self, slots: torch.Tensor, arena: np.ndarray, offsets: np.ndarray) -> PageMove:
         move = super().prepare(slots, arena, offsets)
@@ -125,7 +130,7 @@ class CudaMover(Mover):
         return [EventMark(stream) for stream in streams]
 
     def enqueues(self, moves: Sequence[PageMove]) -> bool:
-        return self._method == "kernel" and all(self._is_pinned(move) for move in moves)
+        return self._methods.load == "kernel" and all(self._is_pinned(move) for move in moves)
 
     @contextmanager
     def loading(
@@ -134,7 +139,7 @@ class CudaMover(Mover):
         with torch.cuda.stream(self._load_stream):
             for mark in after:
                 mark.wait()
-            yield [self._begin(move, self._load_stream) for move in moves]
+            yield [self._begin(move, to_arena=False) for move in moves]
 
     def mark(self) -> Mark:
         return EventMark(self._load_stream)
@@ -157,8 +162,7 @@ class CudaMover(Mover):
         with self._spilling, torch.cuda.stream(self._spill_stream):
             for mark in after:
                 mark.wait()
-            started = self._begin(move, self._spill_stream)
-            segments = range(self.layout.num_layers * len(self.layout.parts))
+            started, segments = self._begin(move, to_arena=True), self._all_segments
             if started.direct:
                 self._move(segments, started, started.arena, started.offsets, to_arena=True)
                 EventMark(self._spill_stream).synchronize()
@@ -171,10 +175,29 @@ class CudaMover(Mover):
                 EventMark(self._spill_stream).synchronize()
                 _copy_blocks(move.arena, move.offsets[first:end], ring.buffer, places, size)
 
-    def _begin(self, move: PageMove, stream: Any) -> CudaMove:
+    def time_copy(self, move: PageMove, *, to_arena: bool) -> float:
+        """Copy all layers of page-locked pages, and wait: seconds from the beginning of the first
+        copy's enqueueing to the end of the last copy. To measure, while nothing else is copied."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(self._stream(to_arena)):
+            begin.record()
+            started = self._begin(move, to_arena=to_arena)
+            self._move(self._all_segments, started, move.arena, move.offsets, to_arena=to_arena)
+            end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+    @property
+    def _all_segments(self) -> range:
+        return range(self.layout.num_layers * len(self.layout.parts))
+
+    def _stream(self, to_arena: bool) -> Any:
+        return self._spill_stream if to_arena else self._load_stream
+
+    def _begin(self, move: PageMove, *, to_arena: bool) -> CudaMove:
         # The caller may drop the slots while the stream still reads them.
-        move.slots.record_stream(stream)
-        host_slots = move.slots.cpu() if self._method == "copies" else None
+        move.slots.record_stream(self._stream(to_arena))
+        host_slots = move.slots.cpu() if self._method(to_arena) == "copies" else None
         return CudaMove(move.slots, move.arena, move.offsets, self._is_pinned(move), host_slots)
 
     def _is_pinned(self, move: PageMove) -> bool:
@@ -208,7 +231,7 @@ class CudaMover(Mover):
         if not move.num_pages:
             return
         word = gcd(self._word, host.ctypes.data, int(np.gcd.reduce(page_starts)))
-        on_device = self._method == "kernel"
+        on_device = self._method(to_arena) == "kernel"
         page_words = _upload(page_starts // word, self.pool.device) if on_device else None
         for segment in segments:
             layer, part = divmod(segment, len(self.layout.parts))

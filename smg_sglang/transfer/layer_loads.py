@@ -46,7 +46,7 @@ class LayerLoads:
     """Queue loads per request, start all queued ones as one batch, finish the batch.
 
     All methods are for the scheduler thread; copies run on a loader thread, or, where the mover
-    only enqueues (CUDA with pinned pages), on a side stream without any other thread.
+    only enqueues (CUDA by the kernel, pinned pages), on a side stream without any other thread.
 
     Attributes:
         counter: to be registered as SGLang's layer transfer counter.

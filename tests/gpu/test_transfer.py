@@ -8,6 +8,7 @@ import torch
 
 from smg_sglang.memory.arena import Arena, create_memfd
 from smg_sglang.transfer import LayerLoads, SpillQueue, SpillTarget
+from smg_sglang.transfer.copy_choice import CopyMethods
 from smg_sglang.transfer.cuda import CudaMover
 from tests.transfer import worlds
 
@@ -33,7 +34,11 @@ class World:
         self.slots = worlds.page_slots(self.pool, pages).cuda()
         self.forward = torch.cuda.Stream()
         self.mover = CudaMover(
-            self.pool, method=method, pins=pinned, order_after=[self.forward], ring_bytes=1 << 20
+            self.pool,
+            methods=CopyMethods(method, method),
+            pins=pinned,
+            order_after=[self.forward],
+            ring_bytes=1 << 20,
         )
         if pinned:
             self.mover.pin(self.arena)

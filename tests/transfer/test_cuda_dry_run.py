@@ -67,13 +67,15 @@ SHAPES = [
 @pytest.mark.parametrize("pinned", [True, False])
 @pytest.mark.parametrize("scattered", [True, False])
 def test_pages_come_back_byte_for_byte(driver, method, shape, pinned, scattered):
+    from smg_sglang.transfer.copy_choice import CopyMethods
     from smg_sglang.transfer.cuda import CudaMover
 
     pool = worlds.make_pool(**shape, layers=2, page_size=4, slots=65)
     arena, offsets = worlds.make_arena(pool, 7, gap=2)
     # A ring so small that a staged move goes through it in several chunks.
     ring_bytes = 2 * pool.layout.page_bytes
-    mover = CudaMover(pool, method=method, pins=pinned, programs=2, ring_bytes=ring_bytes)
+    methods = CopyMethods(method, method)
+    mover = CudaMover(pool, methods=methods, pins=pinned, programs=2, ring_bytes=ring_bytes)
     if pinned:
         mover.pin(arena)
         assert mover.wait_pinned(arena)
