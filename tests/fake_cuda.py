@@ -52,11 +52,17 @@ class Stream:
 class Event:
     def __init__(self, cuda, **_options):
         self.cuda, self.clock = cuda, Clock()
+        self.ms = None
 
     def record(self, stream=None):
         stream = stream or self.cuda.current
         stream.enqueue()
         self.clock = Clock(stream.clock)
+        self.ms = self.cuda.ms
+
+    def elapsed_time(self, end):
+        assert all(self.cuda.cpu.has(point) for point in end.clock.items()), "not reached yet"
+        return end.ms - self.ms
 
     def synchronize(self):
         self.cuda.cpu.join(self.clock)
@@ -89,12 +95,14 @@ class FakeCuda:
     Attributes:
         cpu: what the CPU has waited for.
         waits: how often it waited for an event.
+        ms: time on the device, in milliseconds; stands still unless a test lets it pass.
         races: pairs of accesses without an order between them.
     """
 
     def __init__(self):
         self.cpu = Clock()
         self.waits = 0
+        self.ms = 0.0
         self.races = []
         self.driver = Driver()
         self._local = threading.local()

@@ -29,6 +29,7 @@ from smg_sglang.memory.client import Lease, MemoryConnection, Reservation
 from smg_sglang.memory.link import MemoryLink
 from smg_sglang.memory.namespace import Namespace
 from smg_sglang.metrics import Reading, TierCounters
+from smg_sglang.transfer.copy_measure import choose_copies
 from smg_sglang.transfer.layer_counter import LayerCounter
 from smg_sglang.transfer.layer_loads import LayerLoads
 from smg_sglang.transfer.layout import DevicePool
@@ -105,7 +106,14 @@ class HostTier:
         self._retired: list[_Links] = []
         # Memory can be page-locked once only, and the streams' ring copies the same arenas.
         self.pins = ArenaPins()
-        self._mover = make_mover(pool, order_after=forward_streams, pins=self.pins)
+        # Before the first request, when nothing else is copied. A CPU copies in one way only.
+        self._copies = choose_copies(pool) if pool.device.type == "cuda" else None
+        self._mover = make_mover(
+            pool,
+            order_after=forward_streams,
+            pins=self.pins,
+            methods=None if self._copies is None else self._copies.methods,
+        )
         self.layout, self.device, self.before_copy = pool.layout, pool.device, before_copy
         self.pages = HostPages(
             self._connection,
@@ -402,6 +410,7 @@ class HostTier:
             "memory_address": self._address,
             "memory_connected": connection is not None,
             "memory": self._memory_state(connection),
+            "copies": None if self._copies is None else self._copies.state(),
             "leases_held": self._found.num_leases + len(self._queued) + len(self._started),
             "spills_waiting": self._spills.waiting_slots,
             **self.counters.snapshot(),

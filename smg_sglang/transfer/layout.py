@@ -7,7 +7,7 @@ it, and each layer of it is one range for a layer-wise load.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -88,7 +88,7 @@ class DevicePool:
 
     def __init__(
         self,
-        parts: dict[str, Sequence[torch.Tensor]],
+        parts: Mapping[str, Sequence[torch.Tensor]],
         page_size: int,
         dtype: torch.dtype | None = None,
     ) -> None:

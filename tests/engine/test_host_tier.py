@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from smg_sglang.config import SmgConfig, WritePolicy
+from smg_sglang.engine import host_tier
 from smg_sglang.engine.host_tier import HostTier
 from smg_sglang.memory.namespace import Namespace
+from smg_sglang.transfer.copy_choice import CopyChoice, CopyMethods, CopyRates
+from smg_sglang.transfer.cpu import CpuMover
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import random_delay
 from smg_sglang.tree.page_keys import page_keys
@@ -257,6 +260,27 @@ def test_pages_of_a_former_weight_update_do_not_stay_in_memory(make_world):
 def test_a_prompt_longer_than_the_waiting_limit_is_spilled(make_world):
     world = make_world()
     assert world.spill(1, SLOTS * 3 // 4, slots_at(0, SLOTS * 3 // 4)) == [True]
+
+
+def test_a_worker_on_cuda_copies_as_was_measured_and_shows_it(make_world, monkeypatch):
+    choice = CopyChoice.measured(load=CopyRates(20, 5), spill=CopyRates(10, 25))
+    asked = []
+
+    def make_mover(pool, *, methods, **_more):
+        asked.append(methods)
+        return CpuMover(pool)
+
+    on_cuda = property(lambda pool: torch.device("cuda"), lambda pool, device: None)
+    monkeypatch.setattr(DevicePool, "device", on_cuda, raising=False)
+    monkeypatch.setattr(host_tier, "choose_copies", lambda pool: choice)
+    monkeypatch.setattr(host_tier, "make_mover", make_mover)
+    world = make_world()
+    assert asked == [CopyMethods(load="kernel", spill="copies")]
+    assert world.tier.state()["copies"] == choice.state()
+
+
+def test_a_worker_on_a_cpu_has_nothing_to_choose(make_world):
+    assert make_world().tier.state()["copies"] is None
 
 
 def test_without_a_server_everything_is_a_miss_and_nothing_raises(make_world):

@@ -2,9 +2,6 @@
 accesses to a staging buffer, or to a host page, of which one is a write has to have an order.
 """
 
-import importlib
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -16,16 +13,6 @@ from tests.fake_cuda import FakeCuda
 from tests.transfer import worlds
 
 SEGMENT_PAGES, SEGMENTS = 2, 7
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    module = importlib.import_module("smg_sglang.transfer.triton_rows")
-    importlib.reload(module)
-    yield FakeCuda().install(monkeypatch)
-    del sys.modules["smg_sglang.transfer.triton_rows"]
 
 
 class Reported(CudaMover):
