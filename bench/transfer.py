@@ -30,6 +30,7 @@ from rich.table import Table
 from smg_sglang.memory.arena import Arena, create_memfd
 from smg_sglang.transfer import DevicePool, Mover
 from smg_sglang.transfer.copy_choice import CopyMethods, Method
+from smg_sglang.transfer.copy_measure import choose_copies
 from smg_sglang.transfer.cpu import CpuMover, kernels
 from smg_sglang.transfer.cuda import CudaMover
 from smg_sglang.transfer.pinning import ArenaPins
@@ -213,6 +214,10 @@ def main() -> None:
         world.pins.close()
         show(console, f"{name}, page size {page_size}, {order}, {world.nbytes >> 20} MiB", rates)
         case = {"shape": name, "page_size": page_size, "order": order, "nbytes": world.nbytes}
+        if options.device == "cuda":
+            choice = choose_copies(world.pool)
+            console.print(f"a server would choose: {choice} ({choice.why})")
+            case["choice"] = choice.state()
         results.append({**case, "gb_per_s": rates})
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(

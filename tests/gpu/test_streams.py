@@ -94,6 +94,12 @@ def test_a_prompt_that_goes_on_from_its_own_answer_is_the_same(server):
     assert max(again, key=again.get) == answer[599] or again[answer[599]] > max(again.values()) - CLOSE  # fmt: skip
 
 
+def test_the_way_of_copying_was_measured_when_the_worker_started(server):
+    copies = smg_state(server)["copies"]
+    assert copies["why"] == "measured"
+    assert copies["load_gbps"]["kernel"] > 0 and copies["spill_gbps"]["copies"] > 0
+
+
 def test_nothing_is_held_afterwards(server):
     assert_idle_and_clean(server)
     assert smg_state(server)["streams"] == 0
