@@ -92,6 +92,7 @@ class SmgConfig(msgspec.Struct, frozen=True, kw_only=True):
     decode_devices: str | None = None
     split_tokens: int = DEFAULT_SPLIT_TOKENS["cpu"]
     stream_context: bool = False
+    prefetch: bool = False
     allow_untested_sglang: bool = False
 
     @property
@@ -125,6 +126,7 @@ def make_config(
     decode_devices: str | None = None,
     split_tokens: int | None = None,
     stream_context: bool = False,
+    prefetch: bool = False,
     allow_untested_sglang: bool = False,
     device: str = "cpu",
 ) -> SmgConfig:
@@ -184,6 +186,7 @@ def make_config(
         decode_devices=decode_devices,
         split_tokens=split_tokens or DEFAULT_SPLIT_TOKENS.get(device, DEFAULT_SPLIT_TOKENS["cuda"]),
         stream_context=stream_context,
+        prefetch=prefetch,
         allow_untested_sglang=allow_untested_sglang,
     )
 
@@ -299,6 +302,7 @@ def config_from_env() -> dict[str, Any] | None:
         "decode_devices": str,
         "split_tokens": int,
         "stream_context": _read_bool,
+        "prefetch": _read_bool,
         "allow_untested_sglang": _read_bool,
     }
     names = {"memory_address": "SMG_MEMORY"}

@@ -24,12 +24,13 @@ PUBLISH_EVERY_S = 2.0
 class TierCounters:
     """What one worker has seen of the host tier since it started.
 
-    Scheduler thread: hit_tokens, lookups, lookup_seconds. Loader thread: loaded_*. Spill thread:
+    Scheduler thread: hit_tokens, lookups, prefetched_tokens. Loader thread: loaded_*. Spill thread:
     spilled_*. `dropped_pages` is by reason: full, unavailable, staging, error.
     """
 
     hit_tokens: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
+    prefetched_tokens: int = 0
     lookups: Counter[str] = field(default_factory=Counter)
     dropped_pages: Counter[str] = field(default_factory=Counter)
 
@@ -46,6 +47,7 @@ class TierCounters:
 _SERIES: dict[str, tuple[str, str, str | None]] = {
     "smg:hit_tokens": ("counter", "Prompt tokens found in a cache tier.", "tier"),
     "smg:prompt_tokens": ("counter", "Prompt tokens of admitted requests.", None),
+    "smg:prefetched_tokens": ("counter", "Tokens loaded for requests that wait.", None),
     "smg:lookups": ("counter", "Lookups in host memory by result.", "result"),
     "smg:dropped_pages": ("counter", "Pages that were not kept in host memory.", "reason"),
     "smg:spilled_bytes": ("counter", "Bytes copied from the device to host memory.", None),

@@ -21,6 +21,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from smg_sglang.config import WritePolicy
 from smg_sglang.engine.linker import SmgLinker
+from smg_sglang.engine.prefetch import Prefetch
 from smg_sglang.engine.stream import Stream
 from smg_sglang.engine.streams import Streams, activate
 from smg_sglang.tree.page_keys import KEY_BYTES, keys_from_hex
@@ -150,10 +151,12 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
 
 
 class SmgRadixCache(UnifiedRadixCache):
-    """The device level. `host_tier` is what `/server_info` and weight updates reach for; `streams`
-    are the requests whose context is larger than the device, where that is switched on."""
+    """The device level. `host_tier` is what `/server_info` and weight updates reach for. Where they
+    are switched on, `streams` are the requests whose context is larger than the device, and
+    `prefetch` loads for requests that wait."""
 
     streams: Streams | None = None
+    prefetch: Prefetch | None = None
 
     @property
     def host_tier(self) -> HostTier | None:
@@ -165,6 +168,31 @@ class SmgRadixCache(UnifiedRadixCache):
         if cache_linker.tier.config.stream_context:
             self.streams = Streams(self, cache_linker.tier)
             activate(self.streams)
+        if (ahead := cache_linker.tier.ahead) is not None:
+            self.prefetch = Prefetch(self, cache_linker.tier, ahead)
+
+    def reset(self) -> None:
+        if self.prefetch is not None:
+            self.prefetch.drop()
+        super().reset()
+
+    # ---- requests that wait ----
+
+    def check_hicache_events(self) -> None:
+        super().check_hicache_events()
+        if self.prefetch is not None:
+            self.prefetch.land()
+
+    def prefetch_waiting(self, queue: list[Any]) -> None:
+        """SGLang has formed a batch, and these requests go on waiting."""
+        if self.prefetch is not None:
+            self.prefetch.look_ahead(queue)
+
+    def protected_size(self) -> int:
+        under_way = self.prefetch.tokens_under_way if self.prefetch is not None else 0
+        return int(super().protected_size()) + under_way
+
+    # ---- requests that leave the device ----
 
     def on_release(self, req: Any, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)

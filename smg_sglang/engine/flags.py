@@ -51,6 +51,7 @@ _FIELDS = {
     "smg_decode_devices": "decode_devices",
     "smg_split_tokens": "split_tokens",
     "smg_stream_context": "stream_context",
+    "smg_prefetch": "prefetch",
     "smg_allow_untested_sglang": "allow_untested_sglang",
 }
 
@@ -111,6 +112,12 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Let a prompt be longer than the device's KV pool, up to host memory and the model's "
         "own limit: old pages stay in host memory and are attended from there. (default: off)",
+    )
+    add(
+        "--smg-prefetch",
+        action="store_true",
+        help="Load the host pages of requests that wait while the device has room. (default: off, "
+        "they are loaded layer by layer when the request is admitted)",
     )
     add(
         "--smg-allow-untested-sglang",
@@ -220,6 +227,12 @@ def configure(server_args: ServerArgs, given: Mapping[str, Any], origin: str) ->
         "linker_module_path": "smg_sglang.engine.linker",
         "linker_extra_config": config.to_builtins(),
     }
+    if config.prefetch:
+        # Each rank would see its own copies land, and their trees would differ.
+        _refuse_any(
+            "--smg-prefetch cannot be combined with {}; drop one of the two.",
+            [(server_args.tp_size > 1, "--tp-size above 1")],
+        )
     if config.stream_context:
         _refuse_beside_streams(server_args)
         if _device_kind(server_args) == "cuda":

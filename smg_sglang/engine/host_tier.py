@@ -14,6 +14,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -69,6 +70,9 @@ class HostTier:
     """Find prefixes in host memory, load them into device slots, spill device slots.
 
     All public methods are for the scheduler thread, but `read_metrics` (the metrics thread).
+
+    Attributes:
+        ahead: loads that no forward waits for; None without `--smg-prefetch`.
     """
 
     def __init__(
@@ -101,19 +105,21 @@ class HostTier:
         self._arena: Arena | None = None
         self._host_pages = 0
         self._found: FoundLeases[Lease] = FoundLeases(
-            self._release, MAX_HELD if self._one_rank else 1 << 30
+            self.release, MAX_HELD if self._one_rank else 1 << 30
         )
         self._retired: list[_Links] = []
         # Memory can be page-locked once only, and the streams' ring copies the same arenas.
         self.pins = ArenaPins()
         # Before the first request, when nothing else is copied. A CPU copies in one way only.
         self._copies = choose_copies(pool) if pool.device.type == "cuda" else None
-        self._mover = make_mover(
+        mover = partial(
+            make_mover,
             pool,
             order_after=forward_streams,
             pins=self.pins,
             methods=None if self._copies is None else self._copies.methods,
         )
+        self._mover = mover()
         self.layout, self.device, self.before_copy = pool.layout, pool.device, before_copy
         self.pages = HostPages(
             self._connection,
@@ -123,6 +129,11 @@ class HostTier:
             before_copy=before_copy,
         )
         self._loads = LayerLoads(self._mover, before_copy)
+        self.ahead: LayerLoads | None = None
+        if config.prefetch:
+            # A mover is one loading thread's; the loads that a forward waits for have the first.
+            self._ahead_mover = mover()
+            self.ahead = LayerLoads(self._ahead_mover, before_copy, paced=True)
         self._queued: dict[str, Lease] = {}
         self._started: dict[int, list[Lease]] = {}
         pool_pages = pool.num_slots // self._page_size
@@ -153,7 +164,7 @@ class HostTier:
         found = self._found.get(rid, question)
         if found is not None:
             return len(found.lease.pages) if found.lease is not None else 0
-        lease = self._lookup(path, start)
+        lease = self.lookup(path, start)
         self._found.put(rid, question, lease)
         return len(lease.pages) if lease is not None else 0
 
@@ -167,7 +178,9 @@ class HostTier:
         if connection is not None:
             connection.touch(path)
 
-    def _lookup(self, path: bytes, start: int) -> Lease | None:
+    def lookup(self, path: bytes, start: int) -> Lease | None:
+        """A lease on what host memory has of `path[start:]`, for the caller to `release`; None for
+        a miss. `find` is for requests that are about to be admitted: it keeps the lease."""
         connection = self._connection()
         if connection is None:
             self.counters.lookups["unavailable"] += 1
@@ -205,6 +218,8 @@ class HostTier:
         if self._arena is not None:
             if self._queued or self._started or self._spills.waiting_slots or self.pages.num_held:
                 return
+            if self.ahead is not None and self.ahead.counter.events:
+                return
             self._mover.unpin(self._arena.buffer)
         self._arena = arena
 
@@ -212,7 +227,8 @@ class HostTier:
         """The request needs nothing of what was found for it; idempotent."""
         self._found.forget(rid)
 
-    def _release(self, lease: Lease) -> None:
+    def release(self, lease: Lease) -> None:
+        """End a lease that the caller holds."""
         connection = self._links.lookups.connection()
         if connection is not None:
             connection.release(lease)
@@ -232,7 +248,7 @@ class HostTier:
         # With several ranks all must decide alike. The mapping outlives the server, so that the
         # bytes are right in either case; alone, we take the cautious way.
         if len(lease.pages) < pages or (self._one_rank and not lease.held):
-            self._release(lease)
+            self.release(lease)
             return False
         offsets = lease.offsets[:pages]
         try:
@@ -240,7 +256,7 @@ class HostTier:
         except ValueError:
             # Nothing of ours may end the scheduler; two requests of one id would come here.
             logger.exception("smg: a load was refused; its tokens are computed")
-            self._release(lease)
+            self.release(lease)
             return False
         self._queued[rid] = lease
         self.counters.hit_tokens["host"] += pages * self._page_size
@@ -250,7 +266,7 @@ class HostTier:
         """Take back a load that has not started; False where there is none."""
         if not self._loads.cancel(rid):
             return False
-        self._release(self._queued.pop(rid))
+        self.release(self._queued.pop(rid))
         return True
 
     def start_loads(self) -> int:
@@ -265,7 +281,7 @@ class HostTier:
         """Wait until a batch has stopped writing to the device; True when all of it landed."""
         landed = self._loads.finish(index)
         for lease in self._started.pop(index, []):
-            self._release(lease)
+            self.release(lease)
         return landed
 
     # ---- spill: device pages to host memory ----
@@ -392,6 +408,9 @@ class HostTier:
         """End all threads and connections."""
         self._found.clear()
         self._loads.close()
+        if self.ahead is not None:
+            self.ahead.close()
+            self._ahead_mover.close()
         self._spills.close()
         self._links.close()
         while self._retired:
@@ -413,6 +432,7 @@ class HostTier:
             "copies": None if self._copies is None else self._copies.state(),
             "leases_held": self._found.num_leases + len(self._queued) + len(self._started),
             "spills_waiting": self._spills.waiting_slots,
+            "prefetched_tokens": self.counters.prefetched_tokens,
             **self.counters.snapshot(),
             "dropped_pages": dict(self._dropped_pages()),
         }
@@ -436,17 +456,19 @@ class HostTier:
     def read_metrics(self) -> Reading:
         """Current values of the `smg:` series. Metrics thread; asks the memory server."""
         # Copies on the spill thread, and on the scheduler's: each counts its own.
-        spills, loads = (self._spills.counters, self.pages.counters), self._loads.counters
+        spills = (self._spills.counters, self.pages.counters)
+        loads = [each.counters for each in (self._loads, self.ahead) if each is not None]
         dropped = self._dropped_pages()
         reading: dict[str, Any] = {
             "smg:hit_tokens": dict(self.counters.hit_tokens),
             "smg:prompt_tokens": self.counters.prompt_tokens,
+            "smg:prefetched_tokens": self.counters.prefetched_tokens,
             "smg:lookups": dict(self.counters.lookups),
             "smg:dropped_pages": dict(dropped),
             "smg:spilled_bytes": sum(counters.bytes for counters in spills),
             "smg:spill_seconds": sum(counters.seconds for counters in spills),
-            "smg:loaded_bytes": loads.bytes,
-            "smg:load_seconds": loads.seconds,
+            "smg:loaded_bytes": sum(counters.bytes for counters in loads),
+            "smg:load_seconds": sum(counters.seconds for counters in loads),
         }
         connection = self._links.background.connection()
         reading["smg:memory_connected"] = 0 if connection is None else 1

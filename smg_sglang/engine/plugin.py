@@ -63,6 +63,7 @@ def _register_worker_hooks(hook: Callable[..., None], kind: Any) -> None:
     )
     hook(f"{parts}.output_sender.SenderWrapper.send_output", _around_send_output, kind.AROUND)
     hook("managers.schedule_batch.release_req", _before_release_req, kind.BEFORE)
+    hook("managers.scheduler.Scheduler.get_new_batch_prefill", _after_new_batch, kind.AFTER)
     _register_stream_hooks(hook, kind)
     # Updates by tensor, by broadcast and over RDMA run between begin and end.
     for update in (
@@ -177,10 +178,20 @@ def _after_internal_state(result: Any, component: Any, *args: Any) -> None:
 def _before_weight_update(component: Any, *args: Any, **kwargs: Any) -> None:
     tier = getattr(component.scheduler.tree_cache, "host_tier", None)
     if tier is not None:
+        prefetch = getattr(component.scheduler.tree_cache, "prefetch", None)
+        if prefetch is not None:
+            prefetch.drop()
         tier.weights_changed()
         streams = getattr(component.scheduler.tree_cache, "streams", None)
         if streams is not None:
             streams.weights_changed()
+
+
+def _after_new_batch(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Who is still in the queue waits: the time to load for them."""
+    prefetch_waiting = getattr(scheduler.tree_cache, "prefetch_waiting", None)
+    if prefetch_waiting is not None:
+        prefetch_waiting(scheduler.waiting_queue)
 
 
 def _before_release_req(*, req: Any, tree_cache: Any, **kwargs: Any) -> None:

@@ -12,8 +12,10 @@ Method = Literal["kernel", "copies"]
 VARIABLE = "SMG_COPY_METHOD"
 """Environment variable that names a method for both directions, instead of measuring."""
 
-LEEWAY = 0.9
-"""The share of the kernel's rate from which on the copy engines are taken."""
+SPILL_LEEWAY = 0.9
+"""The share of the kernel's rate from which on the copy engines spill: they take no SMs from a
+decode that runs meanwhile, which figures of an idle device do not show. The tenth is an estimate.
+For loads, which a forward waits for, the faster one is taken."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,9 @@ class CopyRates:
     kernel: float
     copies: float
 
-    def better(self) -> Method:
-        """The faster one, but the copy engines where they are at most a tenth slower: they take no
-        SMs from a decode that runs meanwhile, which figures of an idle device do not show. The
-        tenth is an estimate."""
-        return "copies" if self.copies >= LEEWAY * self.kernel else "kernel"
+    def better(self, leeway: float = 1.0) -> Method:
+        """The faster one; the copy engines from that share of the kernel's rate on."""
+        return "copies" if self.copies >= leeway * self.kernel else "kernel"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class CopyChoice:
 
     @classmethod
     def measured(cls, load: CopyRates, spill: CopyRates) -> CopyChoice:
-        return cls(CopyMethods(load.better(), spill.better()), "measured", load, spill)
+        methods = CopyMethods(load.better(), spill.better(SPILL_LEEWAY))
+        return cls(methods, "measured", load, spill)
 
     def state(self) -> dict[str, Any]:
         """As builtins."""

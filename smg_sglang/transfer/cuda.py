@@ -37,6 +37,9 @@ class EventMark(Mark):
     def synchronize(self) -> None:
         self._event.synchronize()
 
+    def reached(self) -> bool:
+        return bool(self._event.query())
+
 
 @dataclass(frozen=True, eq=False)
 class CudaMove(PageMove):

@@ -17,6 +17,7 @@ class LoadBatch:
 
     Attributes:
         keep_alive: what must live until the batch is finished.
+        unwanted: set by the scheduler thread to have it left out, if it has not begun.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -27,6 +28,7 @@ class LoadBatch:
         self.error: BaseException | None = None
         self.blocked_seconds = 0.0
         self.keep_alive: object = None
+        self.unwanted = False
 
     def land(self, mark: Mark) -> None:
         """The next layer has been copied, or will have been when ``mark`` is reached."""
@@ -45,6 +47,11 @@ class LoadBatch:
     def settled(self) -> bool:
         """Whether all layers have landed or been enqueued, or the batch has failed."""
         return self._closed or len(self._marks) >= self._num_layers
+
+    @property
+    def landed(self) -> bool:
+        """Whether nothing writes the batch's slots any more."""
+        return self.settled and (not self._marks or self._marks[-1].reached())
 
     def wait(self, layer: int) -> None:
         """Return when the current stream is ordered after the copy of ``layer``."""
@@ -104,6 +111,11 @@ class LayerCounter:
         batch = self.events.get(self.consumer_index)
         if batch is not None:
             batch.wait(threshold)
+
+    def has_landed(self, index: int) -> bool:
+        """Whether `finish` would not wait."""
+        batch = self.events.get(index)
+        return batch is None or batch.landed
 
     def finish(self, index: int) -> bool:
         """Wait for every layer of a batch and forget it; True when all landed (or unknown)."""

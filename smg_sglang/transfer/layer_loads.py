@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,18 +48,23 @@ class LayerLoads:
 
     All methods are for the scheduler thread; copies run on a loader thread, or, where the mover
     only enqueues (CUDA by the kernel, pinned pages), on a side stream without any other thread.
+    Paced, they always run on the thread, which lets each batch land before the next one begins: so
+    that what has not begun can be given up.
 
     Attributes:
         counter: to be registered as SGLang's layer transfer counter.
         counters: totals, read at any time.
     """
 
-    def __init__(self, mover: Mover, before_copy: BeforeCopy | None = None) -> None:
+    def __init__(
+        self, mover: Mover, before_copy: BeforeCopy | None = None, *, paced: bool = False
+    ) -> None:
         """``before_copy``: test hook, called on the loader thread before each layer's copy."""
         self.counter = LayerCounter(mover.layout.num_layers)
         self.counters = LoadCounters()
         self._mover = mover
         self._before_copy = before_copy
+        self._paced = paced
         self._queued: dict[str, _Queued] = {}
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._last_in_thread: LoadBatch | None = None
@@ -101,12 +107,20 @@ class LayerLoads:
         moves = PageMove.joined([q.move for q in queued])
         # The fence last: on CUDA, joining has put work on the current stream.
         task = _Task(batch, moves, self._mover.fence())
-        if self._thread_is_idle() and self._mover.enqueues(task.moves):
+        if not self._paced and self._thread_is_idle() and self._mover.enqueues(task.moves):
             self._load(task)
         else:
             self._last_in_thread = task.batch
             self._tasks.put(task)
         return index
+
+    def give_up(self, index: int) -> None:
+        """Leave a started batch out if it has not begun; `finish` is False then."""
+        self.counter.events[index].unwanted = True
+
+    def has_landed(self, index: int) -> bool:
+        """Whether `finish` would not wait."""
+        return self.counter.has_landed(index)
 
     def finish(self, index: int) -> bool:
         """Wait until a started batch stops writing its slots; True when every layer landed."""
@@ -133,12 +147,18 @@ class LayerLoads:
             del task  # or the last batch's mappings would live until the next one
 
     def _load(self, task: _Task) -> None:
+        if task.batch.unwanted:
+            task.batch.fail(CancelledError())
+            return
         started = time.perf_counter()
         try:
             with self._mover.loading(task.moves, task.after) as moves:
                 for layer in range(self.counter.num_layers):
                     self._load_layer(layer, moves)
-                    task.batch.land(self._mover.mark())
+                    mark = self._mover.mark()
+                    task.batch.land(mark)
+                if self._paced:
+                    mark.synchronize()
         except BaseException as error:
             # The forward that waits must go on; `finish` tells the scheduler.
             logger.exception("loading pages from the memory tier failed")

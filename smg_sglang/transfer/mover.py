@@ -77,6 +77,10 @@ class Mark:
     def synchronize(self) -> None:
         """Let the CPU wait for the point."""
 
+    def reached(self) -> bool:
+        """Whether `synchronize` would not wait."""
+        return True
+
 
 REACHED = Mark()
 

@@ -1,14 +1,15 @@
-"""selective: a prefix is copied on its second use. Page size 1, mixed chunks, late copies."""
+"""selective: a prefix is copied on its second use. Page size 1, mixed chunks, late copies, and loads
+for requests that wait."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.e2e.conftest import PROMPTS, details, eventually, smg_state
+from tests.e2e.conftest import NEW_TOKENS, PROMPTS, details, eventually, smg_state, token_ids
 from tests.e2e.test_host_tier import answers, ids, storm
 
 SERVER_ARGS = (
     *("--smg-write-policy", "selective", "--page-size", "1"),
-    *("--enable-mixed-chunk", "--schedule-policy", "lpm"),
+    *("--enable-mixed-chunk", "--schedule-policy", "lpm", "--smg-prefetch"),
 )
 #: Every copy starts up to this late, so that a missing wait shows as a wrong text.
 SERVER_ENV = {"SMG_TEST_COPY_DELAY_MS": "10"}
@@ -44,3 +45,16 @@ def test_texts_are_stocks_while_others_are_aborted(server, reference):
             result = future.result()
             if result["meta_info"]["finish_reason"]["type"] != "abort":
                 assert result["output_ids"] == reference[i], n
+
+
+def test_texts_are_stocks_where_prefixes_came_while_requests_waited(server, reference):
+    """A prompt in chunks fills the batches, behind which the others wait."""
+    for _ in range(2):
+        answers(server)  # all of it is in host memory
+    before = smg_state(server)["prefetched_tokens"]
+    with ThreadPoolExecutor(len(PROMPTS) + 1) as pool:
+        first = pool.submit(server.generate, token_ids(700, 900), 1)
+        results = list(pool.map(lambda prompt: server.generate(prompt, NEW_TOKENS), PROMPTS))
+        first.result()
+    assert ids(results) == reference
+    assert smg_state(server)["prefetched_tokens"] > before

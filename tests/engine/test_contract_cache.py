@@ -37,7 +37,7 @@ class Tier:
 
     def __init__(self, policy) -> None:
         self.config = SimpleNamespace(write_policy=policy, stream_context=False)
-        self.layer_counter = None
+        self.layer_counter = self.ahead = None
         self.spilled = []
         self.spilled_now = []
         self.host_pages = 0

@@ -205,7 +205,8 @@ def test_an_abort_while_prefilling_is_answered_at_once(make_world):
 def test_without_prefill_workers_decode_workers_share_the_work(make_world):
     world = make_world(prefill=0, decode=2)
     for n in range(6):
-        world.send(request(f"r{n}", long_prompt(ENDLESS)))
+        # Of their own each, or the others would follow the first one to its worker.
+        world.send(request(f"r{n}", [ENDLESS, *range(1000 * n, 1000 * n + 199)]))
     world.until(lambda: [len(worker.work) for worker in world.shell.machine.workers] == [3, 3])
 
 

@@ -16,17 +16,19 @@ from tests.transfer import worlds
 
 
 @pytest.mark.parametrize(
-    ("kernel", "copies", "better"),
+    ("kernel", "copies", "load", "spill"),
     [
-        (20, 5, "kernel"),
-        (20, 17.9, "kernel"),
-        (20, 18, "copies"),
-        (20, 20, "copies"),
-        (5, 20, "copies"),
+        (20, 5, "kernel", "kernel"),
+        (20, 17.9, "kernel", "kernel"),
+        (20, 18, "kernel", "copies"),
+        (5, 20, "copies", "copies"),
     ],
 )
-def test_copy_engines_are_taken_unless_they_are_more_than_a_tenth_slower(kernel, copies, better):
-    assert CopyRates(kernel, copies).better() == better
+def test_the_faster_one_but_spills_by_copy_engines_where_they_are_nearly_as_fast(
+    kernel, copies, load, spill
+):
+    rates = CopyRates(kernel, copies)
+    assert CopyChoice.measured(rates, rates).methods == CopyMethods(load, spill)
 
 
 def test_a_rate_that_is_no_number_is_never_chosen_over_the_default():
