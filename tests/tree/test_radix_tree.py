@@ -174,7 +174,10 @@ def test_the_root_can_be_pinned_like_any_match(world):
     match = world.tree.match(b"")
     world.tree.pin(match.node)
     world.tree.check_invariants()
+    world.tree.clear()
+    world.tree.check_invariants()
     world.tree.unpin(match.node)
+    world.tree.check_invariants()
 
 
 def test_clearing_gives_all_pages_back_and_pins_can_still_be_taken_back(world):
