@@ -4,7 +4,7 @@ import pytest
 
 from smg_sglang.phase.actions import AbortAt, SendCopy, SendOriginal, TellAborted, TellFailed
 from smg_sglang.phase.requests import Route, Stage
-from tests.phase.factories import SMALL, arrival, chat, make_controller, prompt
+from tests.phase.factories import BIG, SMALL, arrival, chat, make_controller, prompt
 
 P, D = 0, 1
 
@@ -100,6 +100,9 @@ def test_a_copy_that_fails_is_repaired():
     controller = make_controller()
     copy = copy_of(controller.arrived(arrival("a"), now=1))
     assert controller.prefilled(copy, P, now=2, ok=False) == [send("a")]
+    assert controller.requests["a"].route is Route.REPAIRED
+    assert controller.workers[D].queued_tokens == BIG, "nobody has computed any of it"
+    assert controller.workers[P].speed is None, "nor is it a measure of speed"
 
 
 def test_a_prefill_worker_that_hangs_is_repaired_and_avoided_until_it_speaks():
@@ -112,6 +115,15 @@ def test_a_prefill_worker_that_hangs_is_repaired_and_avoided_until_it_speaks():
     assert controller.arrived(arrival("b"), now=11) == [send("b")]
     assert controller.prefilled(copy, P, now=12, ok=False) == []
     assert kinds(controller.arrived(arrival("c"), now=13)) == [SendCopy]
+
+
+def test_a_worker_that_says_something_is_not_suspected():
+    controller = make_controller(unmeasured_speed=1000.0)
+    first = copy_of(controller.arrived(arrival("a"), now=1))
+    controller.arrived(arrival("b"), now=1)
+    controller.prefilled(first, P, now=9, ok=False)
+    assert controller.next_tick(9) == 9 + 5 + 4
+    assert controller.tick(17) == []
 
 
 def test_a_decode_worker_that_hangs_is_avoided():
@@ -132,6 +144,15 @@ def test_only_streams_of_a_dead_decode_worker_fail():
     assert actions[0].rid == "a" and "died" in actions[0].message
     assert actions[1] == send("c", worker=2)
     assert set(controller.requests) == {"b", "c", "d"}
+
+
+def test_what_a_worker_says_of_a_request_that_is_anothers_does_not_count():
+    controller = make_controller(num_prefill=0, num_decode=2)
+    assert controller.arrived(arrival("a", SMALL), now=1) == [send("a", worker=0)]
+    controller.answered("a", 1, now=2, finished=True)
+    controller.ended("a", 1, now=3)
+    assert controller.requests["a"].stage is Stage.QUEUED
+    assert controller.workers[0].work == {"a": SMALL}
 
 
 def test_requests_are_held_while_no_decode_worker_is_up():
