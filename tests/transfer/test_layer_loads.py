@@ -205,6 +205,19 @@ def test_keep_alive_lives_until_the_load_is_done(make_world):
     assert alive() is None
 
 
+def test_memory_that_was_read_is_let_go_before_the_next_batch(make_world):
+    world = make_world()
+    arena = world.arena.copy()
+    mapped = weakref.ref(arena)
+    world.loads.queue("a", world.slots, arena, world.offsets)
+    del arena
+    assert world.loads.finish(world.loads.start())
+    deadline = time.monotonic() + 10
+    while mapped() is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_a_failed_copy_lets_the_forward_go_on_and_finish_tells(make_world):
     def fail():
         raise OSError("the disk is gone")
