@@ -29,6 +29,7 @@ def test_a_big_prompt_goes_to_prefill_first_and_then_to_decode():
     assert kinds(actions) == [SendCopy] and actions[0].worker == P
     assert actions[0].copy_rid.startswith("a#")
     assert controller.prefilled(copy_of(actions), P, now=2) == [send("a")]
+    assert controller.workers[D].queued_tokens == 0, "it finds the prompt in memory"
     controller.answered("a", D, now=3)
     controller.answered("a", D, now=4, finished=True)
     assert not controller.requests and not any(w.work for w in controller.workers)
@@ -124,6 +125,15 @@ def test_a_worker_that_says_something_is_not_suspected():
     controller.prefilled(first, P, now=9, ok=False)
     assert controller.next_tick(9) == 9 + 5 + 4
     assert controller.tick(17) == []
+
+
+def test_the_speed_of_a_prefill_worker_is_learned_from_its_prompts():
+    controller = make_controller()
+    for began, ended, speed in [(1, 3, 500), (10, 11, 500 + 0.3 * 500)]:
+        copy = copy_of(controller.arrived(arrival("a"), now=began))
+        controller.prefilled(copy, P, now=ended)
+        controller.answered("a", D, now=ended, finished=True)
+        assert controller.workers[P].speed == pytest.approx(speed)
 
 
 def test_a_decode_worker_that_hangs_is_avoided():
