@@ -205,7 +205,8 @@ def test_an_abort_while_prefilling_is_answered_at_once(make_world):
 def test_without_prefill_workers_decode_workers_share_the_work(make_world):
     world = make_world(prefill=0, decode=2)
     for n in range(6):
-        world.send(request(f"r{n}", long_prompt(ENDLESS)))
+        # No two begin alike: one that does would go where the first was answered.
+        world.send(request(f"r{n}", [ENDLESS, n, *long_prompt()]))
     world.until(lambda: [len(worker.work) for worker in world.shell.machine.workers] == [3, 3])
 
 
