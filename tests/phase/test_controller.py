@@ -48,6 +48,12 @@ def test_without_prefill_workers_all_goes_straight():
     assert controller.arrived(arrival("a"), now=1) == [send("a", worker=0)]
 
 
+def test_where_splitting_is_switched_off_all_goes_straight():
+    controller = make_controller()
+    controller.split_enabled = False
+    assert controller.arrived(arrival("a"), now=1) == [send("a")]
+
+
 def test_a_prompt_that_a_prefill_worker_cannot_hold_goes_straight():
     controller = make_controller()
     controller.worker_ready(P, now=0, max_prompt=500)
@@ -242,3 +248,27 @@ def test_stages_are_timed():
     controller.arrived(arrival("b", SMALL), now=4)
     controller.answered("b", D, now=4.25)
     assert seen == [("prefill", 2), ("first_decode", 0.5), ("direct", 0.25)]
+
+
+def test_what_becomes_of_requests_is_counted():
+    controller = make_controller()
+    controller.arrived(arrival("a"), now=1)
+    controller.arrived(arrival("b", SMALL), now=1)
+    controller.answered("b", D, now=2)
+    controller.worker_died(P, now=3)
+    controller.worker_died(D, now=4)
+    controller.aborted("a", now=5)
+    controller.worker_ready(D, now=6)
+    controller.arrived(arrival("c", SMALL), now=7)
+    controller.tick(1000)
+    assert controller.counters == {
+        "split": 1,
+        "direct": 2,
+        "repaired": 1,
+        "retried": 1,
+        "failed": 1,
+        "aborted": 1,
+        "suspected": 1,
+        "died:prefill": 1,
+        "died:decode": 1,
+    }
