@@ -284,6 +284,7 @@ class Books:
             assert space.num_writing == sum(len(w.pages) for w in writings)
             for tree in space.trees():
                 tree.check_invariants()
+                assert tree is space.tree or tree.num_pages, "an empty tree was kept"
                 held = [p for c in mine for p in c.leases.values() if p.tree is tree]
                 held += [w.parents for w in writings if w.parents.tree is tree]
                 pins = sum(node.pins for node in tree.nodes())

@@ -50,8 +50,8 @@ class Space:
 
     @property
     def is_unused(self) -> bool:
-        """No pages and nobody who could want them."""
-        return not (self.connections or self.num_ready or self.num_writing)
+        """No pages and nobody who could want them. (Who writes pages is connected.)"""
+        return not (self.connections or self.num_ready)
 
     def deserted_for(self) -> float:
         """Seconds since the last connection left; 0 while there is one."""
@@ -79,7 +79,7 @@ class Space:
 
     def sweep(self, tree: RadixTree) -> None:
         """Free what nothing pins any more, if `tree` is a retired one."""
-        if tree is self.tree or not any(tree is old for old in self._retired):
+        if tree is self.tree:
             return
         self.pages.give(tree.evict(tree.num_pages))
         if not tree.num_pages:

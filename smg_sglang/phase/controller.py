@@ -146,8 +146,7 @@ class PhaseController:
     def worker_ready(self, worker: int, now: float, max_prompt: int | None = None) -> list[Action]:
         """A worker has loaded its model, for the first time or again."""
         state = self.workers[worker]
-        state.up, state.suspect, state.alive_at = True, False, now
-        state.max_prompt = max_prompt
+        state.up, state.max_prompt = True, max_prompt
         if state.role is Role.PREFILL:
             return []
         held, self._held = self._held, {}

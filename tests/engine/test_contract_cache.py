@@ -28,6 +28,7 @@ from smg_sglang.engine.linker import SmgLinker
 from smg_sglang.tree.page_keys import keys_from_hex
 
 from .contract import needed_by
+from .test_streams import Table
 
 PAGE = 16
 
@@ -257,6 +258,31 @@ def test_a_match_is_extended_by_the_pages_behind_it(known, extra_key):
     assert (result.device_prefix_len, result.host_hit_length) == (len(known), PAGE)
     assert result.last_host_node == result.best_match_node
     assert world.cache.linker.has_hit("r")
+
+
+@needed_by("engine/cache.py (finish_external_linker_loads)")
+def test_a_prompt_that_cannot_leave_the_device_is_dropped_with_the_reason():
+    """SGLang drops the output of what it is given here, and says the reason to the client."""
+    cache = World().cache
+    table = cache.streams = Table(on_cuda=False)
+    stream = table.begin("long", 1)
+    req, other = stream.req, SimpleNamespace(rid="short")
+    req.output_ids = []
+    assert cache.finish_external_linker_loads([req, other]) == []
+    stream.failure = "host memory has no room"
+    assert cache.finish_external_linker_loads([req, other]) == [req]
+    assert req.discard_output_reason.to_json()["message"] == "host memory has no room"
+    assert req.discard_output_reason.to_json()["status_code"] == 503
+    assert req.skip_radix_cache_insert, "or its release would try to copy it once more"
+
+
+@needed_by("engine/cache.py (finish_external_linker_loads)")
+def test_a_stream_that_generates_ends_where_it_asks_for_room():
+    cache = World().cache
+    table = cache.streams = Table(on_cuda=False)
+    stream = table.begin("long", 1)
+    stream.req.output_ids, stream.failure = [1], "host memory has no room"
+    assert cache.finish_external_linker_loads([stream.req]) == []
 
 
 @needed_by("engine/cache.py (release_request)")

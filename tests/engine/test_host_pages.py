@@ -7,7 +7,15 @@ import torch
 from smg_sglang.engine import host_pages
 from smg_sglang.engine.stream_limits import Limits
 from smg_sglang.errors import MemoryUnavailable
-from tests.engine.test_host_tier import LAYERS, PAGE, make_world, path_of, slots_at
+from tests.engine.test_host_tier import (
+    LAYERS,
+    PAGE,
+    leases,
+    make_world,
+    path_of,
+    slots_at,
+    until,
+)
 
 __all__ = ["make_world"]  # a fixture
 
@@ -36,6 +44,7 @@ def test_what_is_kept_is_there_and_found_by_others(make_world):
     slots = slots_at(0, 40)
     world.write(1, slots)
     held = world.tier.pages.keep(path_of(1, 40), 0, slots)
+    assert all(part.lease is not None for part in held), "memory of our own nobody else finds"
     assert torch.equal(bytes_of(held, world), world.read(slots))
     found = world.tier.pages.find(path_of(1, 40))
     assert torch.equal(bytes_of(found, world), world.read(slots))
@@ -96,6 +105,23 @@ def test_a_server_that_dies_takes_nothing_along(make_world):
     world.tier.pages.release(held)
 
 
+def test_a_lookup_without_an_answer_finds_nothing(make_world, monkeypatch):
+    world = make_world()
+    slots = slots_at(0, 40)
+    world.write(1, slots)
+    pages = world.tier.pages
+    pages.release(pages.keep(path_of(1, 40), 0, slots))
+
+    def late(*args):
+        raise MemoryUnavailable("no answer in 200 ms")
+
+    monkeypatch.setattr(world.tier._links.lookups.connection(), "lookup", late)
+    assert pages.find(path_of(1, 40)) == [] and pages.num_held == 0
+    held = pages.keep(path_of(1, 40), 0, slots)
+    assert [part.lease for part in held] == [None]
+    assert torch.equal(bytes_of(held, world), world.read(slots))
+
+
 def test_a_box_without_room_is_said_and_nothing_is_held(make_world, monkeypatch):
     world = make_world()
     monkeypatch.setattr(host_pages, "SPARE_BYTES", 1 << 60)
@@ -139,6 +165,62 @@ def test_new_weights_leave_held_pages_alone(make_world):
     world.tier.pages.release(held)
     assert world.tier.host_tokens() > 0
     assert world.tier._retired == []
+
+
+def test_connections_from_before_new_weights_stay_while_their_pages_are_held(make_world):
+    def connections():
+        return world.tier.state()["memory"]["connections"]
+
+    world = make_world()
+    slots = slots_at(0, 40)
+    held = world.tier.pages.keep(path_of(1, 40), 0, slots)
+    world.tier.weights_changed()
+    world.connected()
+    world.tier.host_tokens()
+    assert connections() == 4 and leases(world) == 1
+    world.tier.pages.release(held)
+    until(lambda: leases(world) == 0)
+    world.tier.host_tokens()
+    until(lambda: connections() == 2)
+    world.tier.weights_changed()
+    world.connected()
+    until(lambda: connections() == 2)
+
+
+def test_what_is_not_shared_is_found_by_nobody(make_world):
+    world = make_world()
+    slots = slots_at(0, 40)
+    world.write(1, slots)
+    held = world.tier.pages.keep(path_of(1, 40), 0, slots, shared=False)
+    assert [part.lease for part in held] == [None]
+    assert torch.equal(bytes_of(held, world), world.read(slots))
+    assert world.tier.pages.find(path_of(1, 40)) == []
+
+
+def test_memory_of_a_dead_server_is_unpinned_once_nothing_reads_it(make_world, monkeypatch):
+    """On a CPU nothing is pinned, so only the request to unpin can be seen."""
+    world = make_world()
+    unpinned = []
+    monkeypatch.setattr(world.tier._mover, "unpin", unpinned.append)
+    world.spill(1, 40, slots_at(0, 40))
+    path = path_of(1, 40)
+    held = world.tier.pages.find(path)
+    assert world.tier.find("r", path, 0) == 10 and world.tier.load("r", slots_at(100, 40))
+    former = held[0].run.arena
+
+    def after_a_lookup():
+        assert world.tier.pages.find(path) == []
+        return [arena is former for arena in unpinned]
+
+    world.restart()
+    assert after_a_lookup() == []
+    world.tier.pages.release(held)
+    assert after_a_lookup() == []
+    index = world.tier.start_loads()
+    assert after_a_lookup() == []
+    world.tier.finish_loads(index)
+    after_a_lookup()
+    assert after_a_lookup() == [True]
 
 
 def test_what_host_memory_could_hold_is_known(make_world):

@@ -195,6 +195,19 @@ def test_a_marked_record_gets_our_cache():
     )
 
 
+def test_new_weights_are_told_to_the_tier_and_to_streams():
+    told = []
+    tier = SimpleNamespace(weights_changed=lambda: told.append("tier"))
+    streams = SimpleNamespace(weights_changed=lambda: told.append("streams"))
+    for cache, heard in [
+        (SimpleNamespace(host_tier=tier, streams=streams), ["tier", "streams"]),
+        (SimpleNamespace(host_tier=tier, streams=None), ["tier"]),
+    ]:
+        told.clear()
+        plugin._before_weight_update(SimpleNamespace(scheduler=SimpleNamespace(tree_cache=cache)))
+        assert told == heard
+
+
 def test_killing_another_process_tree_keeps_the_memory_server(monkeypatch):
     retired = []
     monkeypatch.setattr(launch, "_running", [SimpleNamespace(retire=lambda: retired.append(1))])

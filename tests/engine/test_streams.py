@@ -24,13 +24,18 @@ class Pages:
     """Host memory: says what was kept, as one run a call."""
 
     def __init__(self):
-        self.kept = []
+        self.kept, self.released, self.shared = [], [], []
 
     def keep(self, path, first, slots, shared=True):
         self.kept.append(slots.tolist())
+        self.shared.append(shared)
         pages = slots.numel() // PAGE
         run = HostRun(np.zeros(1, np.uint8), np.arange(first, first + pages), PAGE)
         return [Held(run, None)]
+
+    def release(self, held):
+        self.released += held
+        held.clear()
 
 
 class Table(Streams):
@@ -212,3 +217,37 @@ def test_a_stream_that_begins_has_no_slots(prefix):
     stream = table.begin("a", None)
     stream.resident_from = stream.req.prefix_len = prefix
     assert table.prefix_slots(stream).tolist() == [PAGE - 1] * prefix
+
+
+def test_a_stream_that_ends_lets_go_of_all_it_held():
+    table = Table(on_cuda=False)
+    first, second = table.begin("a", 1), table.begin("b", 2)
+    for stream in (first, second):
+        table.compute(stream, 0, 43)
+        table.checkpoint(stream, 43)
+    held = list(first.held)
+    table.close(first.req)
+    table.close(first.req)
+    assert table._pages.released == held and not first.held
+    assert list(table) == [second] and second.held
+    assert table.host_room() == table.limits.host - second.host_need
+
+
+def test_a_request_ends_its_own_stream_only():
+    table = Table(on_cuda=False)
+    stream = table.begin("a", 1)
+    table.close(SimpleNamespace(rid="a"))
+    assert table.get(stream.req) is stream
+
+
+def test_what_was_begun_before_new_weights_is_not_shared_any_more():
+    table = Table(on_cuda=False)
+    former = table.begin("a", 1)
+    table.compute(former, 0, 40)
+    table.checkpoint(former, 20)
+    table.weights_changed()
+    table.checkpoint(former, 40)
+    new = table.begin("b", 2)
+    table.compute(new, 0, 20)
+    table.checkpoint(new, 20)
+    assert table._pages.shared == [True, False, True]

@@ -68,6 +68,18 @@ def test_the_policy_chosen_says_which_pages_go(eviction, survivor):
     assert world.write(a, fresh_path(2)) == 2
 
 
+def test_who_writes_a_path_again_has_not_used_it():
+    world = World(pages=8, eviction=EvictionName.LFU)
+    a = world.connect()
+    used, written = make_path(*[1] * 4), make_path(*[2] * 4)
+    world.write(a, used)
+    assert world.found(a, used) == 4
+    for _ in range(3):
+        world.write(a, written)
+    world.write(a, fresh_path(4))
+    assert world.found(a, used) == 4
+
+
 def test_published_pages_are_found_by_everybody_in_the_namespace():
     world = World()
     a, b, other = world.connect(A), world.connect(B), world.connect(b"o", model="other")
@@ -210,6 +222,7 @@ def test_what_was_reserved_before_a_flush_is_dropped_when_it_is_published():
     stats = world.stats()
     assert stats.slabs_free == stats.slabs
     assert stats.total.dropped == {"flushed": 2}
+    assert stats.total.flushes == 1
 
 
 SCRIPT = ["lookup", "reserve", "publish", "lookup new", "flush", "reserve again", "release"]
@@ -285,6 +298,16 @@ def test_namespaces_come_to_equal_shares():
     assert held == {"m": 32, "b": 32}
 
 
+def test_pages_that_are_being_written_count_for_the_share():
+    world = World(pages=64)
+    a, b = world.connect(A), world.connect(B, model="b")
+    path = fresh_path(24)
+    world.write(b, path)
+    assert len(world.reserve(a, fresh_path(40))[2]) == 40
+    assert world.write(a, fresh_path(8)) == 0
+    assert world.found(b, path) == 24
+
+
 def test_a_slab_changes_its_page_size():
     world = World(pages=64)
     a, b = world.connect(A), world.connect(B, model="b", page_bytes=2048)
@@ -300,6 +323,7 @@ def test_a_deserted_namespace_gives_way_after_a_while():
     world = World(pages=64)
     a, b = world.connect(A), world.connect(B, model="b")
     world.write(b, fresh_path(24))
+    world.now += DESERTED_S + 1  # it is not deserted while somebody is there
     world.books.connection_lost(b)
     for _ in range(20):
         world.write(a, fresh_path(8))
@@ -328,6 +352,16 @@ def test_pages_of_a_client_that_left_are_found_by_the_next():
     world.write(world.connect(A), make_path(1, 2))
     world.books.connection_lost(A)
     assert world.found(world.connect(B), make_path(1, 2)) == 2
+
+
+def test_how_far_the_arena_was_ever_used_is_known():
+    world = World(slab_bytes=8192)
+    a = world.connect()
+    assert world.books.high_water_bytes == 0
+    world.write(a, fresh_path(9))
+    world.books.flush(a)
+    world.write(a, fresh_path(1))
+    assert world.books.high_water_bytes == 2 * 8192
 
 
 def test_a_box_short_of_memory_is_like_a_full_tier():

@@ -137,6 +137,13 @@ STREAMED = {
         verdicts=("CONTINUE",),
         left=(512, DEVICE - 64),
     ),
+    "later ones do not overtake one that waits for host memory": Pass(
+        waiting=(("long", 4000), ("shorter", 1000), ("ordinary", 100)),
+        running=(("other", 2000),),
+        verdicts=("CONTINUE", "CONTINUE", "CONTINUE"),
+        runs=(("ordinary", 0, 100),),
+        left=(400, DEVICE - 64 - 112 - PAGE - 100),
+    ),
     "a prefix in host memory": Pass(
         waiting=(("long", 4000),),
         in_host={"long": 1600},

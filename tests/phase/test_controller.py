@@ -4,7 +4,7 @@ import pytest
 
 from smg_sglang.phase.actions import AbortAt, SendCopy, SendOriginal, TellAborted, TellFailed
 from smg_sglang.phase.requests import Route, Stage
-from tests.phase.factories import SMALL, arrival, chat, make_controller, prompt
+from tests.phase.factories import BIG, SMALL, arrival, chat, make_controller, prompt
 
 P, D = 0, 1
 
@@ -29,6 +29,7 @@ def test_a_big_prompt_goes_to_prefill_first_and_then_to_decode():
     assert kinds(actions) == [SendCopy] and actions[0].worker == P
     assert actions[0].copy_rid.startswith("a#")
     assert controller.prefilled(copy_of(actions), P, now=2) == [send("a")]
+    assert controller.workers[D].queued_tokens == 0, "it finds the prompt in memory"
     controller.answered("a", D, now=3)
     controller.answered("a", D, now=4, finished=True)
     assert not controller.requests and not any(w.work for w in controller.workers)
@@ -45,6 +46,12 @@ def test_what_cannot_be_split_goes_straight_to_decode():
 def test_without_prefill_workers_all_goes_straight():
     controller = make_controller(num_prefill=0)
     assert controller.arrived(arrival("a"), now=1) == [send("a", worker=0)]
+
+
+def test_where_splitting_is_switched_off_all_goes_straight():
+    controller = make_controller()
+    controller.split_enabled = False
+    assert controller.arrived(arrival("a"), now=1) == [send("a")]
 
 
 def test_a_prompt_that_a_prefill_worker_cannot_hold_goes_straight():
@@ -100,6 +107,9 @@ def test_a_copy_that_fails_is_repaired():
     controller = make_controller()
     copy = copy_of(controller.arrived(arrival("a"), now=1))
     assert controller.prefilled(copy, P, now=2, ok=False) == [send("a")]
+    assert controller.requests["a"].route is Route.REPAIRED
+    assert controller.workers[D].queued_tokens == BIG, "nobody has computed any of it"
+    assert controller.workers[P].speed is None, "nor is it a measure of speed"
 
 
 def test_a_prefill_worker_that_hangs_is_repaired_and_avoided_until_it_speaks():
@@ -112,6 +122,24 @@ def test_a_prefill_worker_that_hangs_is_repaired_and_avoided_until_it_speaks():
     assert controller.arrived(arrival("b"), now=11) == [send("b")]
     assert controller.prefilled(copy, P, now=12, ok=False) == []
     assert kinds(controller.arrived(arrival("c"), now=13)) == [SendCopy]
+
+
+def test_a_worker_that_says_something_is_not_suspected():
+    controller = make_controller(unmeasured_speed=1000.0)
+    first = copy_of(controller.arrived(arrival("a"), now=1))
+    controller.arrived(arrival("b"), now=1)
+    controller.prefilled(first, P, now=9, ok=False)
+    assert controller.next_tick(9) == 9 + 5 + 4
+    assert controller.tick(17) == []
+
+
+def test_the_speed_of_a_prefill_worker_is_learned_from_its_prompts():
+    controller = make_controller()
+    for began, ended, speed in [(1, 3, 500), (10, 11, 500 + 0.3 * 500)]:
+        copy = copy_of(controller.arrived(arrival("a"), now=began))
+        controller.prefilled(copy, P, now=ended)
+        controller.answered("a", D, now=ended, finished=True)
+        assert controller.workers[P].speed == pytest.approx(speed)
 
 
 def test_a_decode_worker_that_hangs_is_avoided():
@@ -132,6 +160,15 @@ def test_only_streams_of_a_dead_decode_worker_fail():
     assert actions[0].rid == "a" and "died" in actions[0].message
     assert actions[1] == send("c", worker=2)
     assert set(controller.requests) == {"b", "c", "d"}
+
+
+def test_what_a_worker_says_of_a_request_that_is_anothers_does_not_count():
+    controller = make_controller(num_prefill=0, num_decode=2)
+    assert controller.arrived(arrival("a", SMALL), now=1) == [send("a", worker=0)]
+    controller.answered("a", 1, now=2, finished=True)
+    controller.ended("a", 1, now=3)
+    assert controller.requests["a"].stage is Stage.QUEUED
+    assert controller.workers[0].work == {"a": SMALL}
 
 
 def test_requests_are_held_while_no_decode_worker_is_up():
@@ -211,3 +248,27 @@ def test_stages_are_timed():
     controller.arrived(arrival("b", SMALL), now=4)
     controller.answered("b", D, now=4.25)
     assert seen == [("prefill", 2), ("first_decode", 0.5), ("direct", 0.25)]
+
+
+def test_what_becomes_of_requests_is_counted():
+    controller = make_controller()
+    controller.arrived(arrival("a"), now=1)
+    controller.arrived(arrival("b", SMALL), now=1)
+    controller.answered("b", D, now=2)
+    controller.worker_died(P, now=3)
+    controller.worker_died(D, now=4)
+    controller.aborted("a", now=5)
+    controller.worker_ready(D, now=6)
+    controller.arrived(arrival("c", SMALL), now=7)
+    controller.tick(1000)
+    assert controller.counters == {
+        "split": 1,
+        "direct": 2,
+        "repaired": 1,
+        "retried": 1,
+        "failed": 1,
+        "aborted": 1,
+        "suspected": 1,
+        "died:prefill": 1,
+        "died:decode": 1,
+    }

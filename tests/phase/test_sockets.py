@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,24 @@ def test_those_of_the_dead_are_swept_and_those_of_the_living_are_not(tmpdir):
     assert not os.path.exists(dead)
     phase_sockets.make_directory()
     assert first.exists()
+
+
+def test_what_only_has_the_name_is_not_swept(tmpdir):
+    file, link, target = (Path(tmpdir, name) for name in ("smg-phase-a", "smg-phase-b", "others"))
+    file.touch()
+    target.mkdir()
+    (target / "socket").touch()
+    link.symlink_to(target)
+    phase_sockets.make_directory()
+    assert file.exists() and link.is_symlink() and (target / "socket").exists()
+
+
+def test_directories_of_other_users_are_not_swept(tmpdir, monkeypatch):
+    others = Path(tmpdir, "smg-phase-others")
+    others.mkdir()
+    monkeypatch.setattr(phase_sockets.os, "getuid", lambda: os.stat(others).st_uid + 1)
+    phase_sockets.make_directory()
+    assert others.exists()
 
 
 def test_a_tmpdir_that_is_too_long_for_sockets_is_refused(tmpdir, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from smg_sglang.transfer.cuda import CudaMover
+from smg_sglang.transfer.layer_loads import LayerLoads
 from smg_sglang.transfer.pinning import ArenaPins
 from smg_sglang.transfer.segments import Segment, SegmentRing
 from tests.fake_cuda import FakeCuda
@@ -164,6 +165,39 @@ def test_a_page_that_was_spilled_is_read_after_the_spill_and_its_slots_are_free(
         cuda.write("slots")
         cuda.read("pages")
     assert not cuda.races
+    mover.close()
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_slots_are_loaded_after_the_pass_before_and_read_after_their_load(cuda, in_thread):
+    pool = worlds.make_pool(page_size=4, layers=2)
+    arena, offsets = worlds.make_arena(pool, 2)
+    forward, scheduler = cuda.stream("forward"), cuda.stream("scheduler")
+
+    class Loads(CudaMover):
+        def load_layer(self, layer, move):
+            cuda.write(("slots", layer))
+            super().load_layer(layer, move)
+
+        def enqueues(self, moves):
+            return not in_thread and super().enqueues(moves)
+
+    mover = Loads(pool, order_after=[forward], programs=2)
+    mover.pin(arena)
+    assert mover.wait_pinned(arena)
+    loads = LayerLoads(mover)
+    with cuda.on(forward):
+        cuda.read(("slots", 0))
+        cuda.read(("slots", 1))
+    with cuda.on(scheduler):
+        loads.queue("a", worlds.page_slots(pool, 2), arena, offsets)
+        loads.counter.set_consumer(loads.start())
+    with cuda.on(forward):
+        for layer in range(2):
+            loads.counter.wait_until(layer)
+            cuda.read(("slots", layer))
+    assert not cuda.races
+    loads.close()
     mover.close()
 
 

@@ -143,6 +143,30 @@ def test_three_batches_in_flight_keep_their_own_layers(make_world):
     assert all(world.loads.finish(index) for index in indices)
 
 
+def test_a_batch_that_needs_no_thread_does_not_overtake_one_that_has_it(make_world, monkeypatch):
+    go, threads = threading.Event(), []
+
+    def hook():
+        threads.append(threading.current_thread().name)
+        if threads[-1] == "smg-load":
+            go.wait(10)
+
+    world = make_world(before_copy=hook)
+    world.queue("a", 0, 2)
+    first = world.loads.start()
+    monkeypatch.setattr(world.mover, "enqueues", lambda moves: True)
+    world.queue("b", 2, 4)
+    second = world.loads.start()
+    go.set()
+    assert world.loads.finish(first) and world.loads.finish(second)
+    assert set(threads) == {"smg-load"}
+    threads.clear()
+    world.queue("c", 4, 6)
+    assert world.loads.finish(world.loads.start())
+    assert "smg-load" not in threads
+    assert all(world.rows_are_back(layer, 0, 6) for layer in range(3))
+
+
 def test_a_cancelled_load_moves_nothing_and_a_started_one_cannot_be_cancelled(make_world):
     world = make_world()
     world.queue("a", 0, 2)
@@ -179,6 +203,19 @@ def test_keep_alive_lives_until_the_load_is_done(make_world):
     assert world.loads.finish(index)
     world.loads.close()
     assert alive() is None
+
+
+def test_memory_that_was_read_is_let_go_before_the_next_batch(make_world):
+    world = make_world()
+    arena = world.arena.copy()
+    mapped = weakref.ref(arena)
+    world.loads.queue("a", world.slots, arena, world.offsets)
+    del arena
+    assert world.loads.finish(world.loads.start())
+    deadline = time.monotonic() + 10
+    while mapped() is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_a_failed_copy_lets_the_forward_go_on_and_finish_tells(make_world):

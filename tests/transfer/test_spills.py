@@ -57,10 +57,11 @@ class World:
         )
         self.sent = {}
 
-    def submit(self, name, pages, ready=(), seed=None):
+    def submit(self, name, pages, ready=(), seed=None, new_pages=None):
         slots = worlds.page_slots(self.pool, pages, seed=len(self.sent) if seed is None else seed)
         self.sent[name] = worlds.expected_pages(self.pool, slots)
-        self.spills.submit((name, pages), slots, ready)
+        new_slots = None if new_pages is None else new_pages * self.pool.layout.page_size
+        self.spills.submit((name, pages), slots, ready, new_slots)
 
     def results(self):
         assert self.spills.drain(10)
@@ -165,9 +166,20 @@ def test_a_queue_that_is_too_long_drops_in_order(make_world):
     go.set()
     # b and c found two pages waiting; the dropped ones count until they complete.
     assert world.results() == [True, False, False, False]
-    world.submit("e", 3)
+    world.submit("larger than the limit", 4)
     assert world.results() == [True]
     assert world.spills.counters.dropped == {"queue_full": 2 + 2 + 1}
+
+
+def test_what_waiting_jobs_share_counts_once(make_world):
+    go = threading.Event()
+    world = make_world(before_copy=lambda: go.wait(10), max_waiting_pages=3)
+    world.submit("a", 2)
+    world.submit("a and b", 3, new_pages=1)
+    assert world.spills.waiting_slots == 3 * world.pool.layout.page_size
+    go.set()
+    assert world.results() == [True, True]
+    assert world.spills.waiting_slots == 0
 
 
 def test_closing_finishes_the_running_job_and_drops_the_waiting(make_world):

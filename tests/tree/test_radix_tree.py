@@ -174,7 +174,10 @@ def test_the_root_can_be_pinned_like_any_match(world):
     match = world.tree.match(b"")
     world.tree.pin(match.node)
     world.tree.check_invariants()
+    world.tree.clear()
+    world.tree.check_invariants()
     world.tree.unpin(match.node)
+    world.tree.check_invariants()
 
 
 def test_clearing_gives_all_pages_back_and_pins_can_still_be_taken_back(world):
@@ -225,9 +228,21 @@ def test_an_outdated_match_counts_for_what_is_left_of_it(world):
     world.insert([1, 7])
     world.tree.evict_leaf()
     assert world.tree.touch(match).start <= 1
-    gone = world.tree.match(to_path([1, 7]))
+
+
+def test_a_use_of_what_has_left_is_of_no_effect(world):
+    world.insert([1, 2, 3])
+    gone = world.tree.match(to_path([1, 2]))
     world.tree.clear()
     world.tree.touch(gone)
+    assert world.known([1, 2, 3]) == 0
+
+
+def test_a_match_that_was_cut_off_its_node_since_counts_for_itself_only(world):
+    world.insert([1, 2, 3, 4])
+    match = world.tree.match(to_path([1, 2]))
+    world.insert([1, 2, 9])
+    assert world.tree.touch(match) is world.tree.match(to_path([1, 2])).node
 
 
 def test_a_leaf_can_go_as_a_whole(world):
