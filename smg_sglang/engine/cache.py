@@ -27,7 +27,7 @@ from smg_sglang.engine.streams import Streams, activate
 from smg_sglang.tree.page_keys import KEY_BYTES, keys_from_hex
 
 if TYPE_CHECKING:
-    from sglang.srt.mem_cache.base_prefix_cache import MatchResult
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult, MatchResult
 
     from smg_sglang.engine.host_tier import HostTier
 
@@ -188,9 +188,20 @@ class SmgRadixCache(UnifiedRadixCache):
         if self.prefetch is not None:
             self.prefetch.look_ahead(queue)
 
-    def protected_size(self) -> int:
+    def tree_evictable_size(self) -> int:
+        """Tokens of the tree that nobody has locked."""
+        return int(super().evictable_size())
+
+    def evictable_size(self) -> int:
+        """And those on their way to the tree, which `_evict` gives back if need be."""
         under_way = self.prefetch.tokens_under_way if self.prefetch is not None else 0
-        return int(super().protected_size()) + under_way
+        return self.tree_evictable_size() + under_way
+
+    def _evict(self, params: EvictParams, *args: Any, **kwargs: Any) -> EvictResult:
+        result: EvictResult = super()._evict(params, *args, **kwargs)
+        if self.prefetch is not None and result.num_tokens_evicted < params.num_tokens:
+            result.num_tokens_evicted += self.prefetch.give_back()
+        return result
 
     # ---- requests that leave the device ----
 

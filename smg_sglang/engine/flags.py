@@ -307,6 +307,10 @@ def _refuse_flags(args: ServerArgs) -> None:
             (args.pp_size > 1, "--pp-size above 1"),
             (args.disaggregation_mode not in (None, "null"), "--disaggregation-mode"),
             (args.speculative_algorithm is not None, "--speculative-algorithm"),
+            # It unmaps the pool while pages may be on their way.
+            (args.enable_memory_saver, "--enable-memory-saver"),
+            # Its loop never asks which copies have ended.
+            (args.enable_pdmux, "--enable-pdmux"),
         ],
     )
 
@@ -355,7 +359,6 @@ def _prepare_cuda_streams(args: ServerArgs) -> None:
             ),
             (args.enable_dp_attention, "--enable-dp-attention"),
             (args.enable_two_batch_overlap, "--enable-two-batch-overlap"),
-            (args.enable_pdmux, "--enable-pdmux"),
         ],
     )
     args.attention_backend = attention_backend.NAME

@@ -223,6 +223,12 @@ class HostTier:
             self._mover.unpin(self._arena.buffer)
         self._arena = arena
 
+    @property
+    def answers(self) -> bool:
+        """Whether the memory server was there and in time the last time it was asked."""
+        connection = self._links.lookups.connection()
+        return connection is not None and not connection.stalled
+
     def forget(self, rid: str) -> None:
         """The request needs nothing of what was found for it; idempotent."""
         self._found.forget(rid)
@@ -432,7 +438,6 @@ class HostTier:
             "copies": None if self._copies is None else self._copies.state(),
             "leases_held": self._found.num_leases + len(self._queued) + len(self._started),
             "spills_waiting": self._spills.waiting_slots,
-            "prefetched_tokens": self.counters.prefetched_tokens,
             **self.counters.snapshot(),
             "dropped_pages": dict(self._dropped_pages()),
         }

@@ -170,9 +170,11 @@ def _around_send_output(original: Callable[..., Any], *args: Any, **kwargs: Any)
 def _after_internal_state(result: Any, component: Any, *args: Any) -> None:
     tier = getattr(component.scheduler.tree_cache, "host_tier", None)
     if tier is not None:
-        streams = getattr(component.scheduler.tree_cache, "streams", None)
         state = tier.state() | phase_worker.state()
-        result.internal_state["smg"] = state | (streams.state() if streams is not None else {})
+        for part in ("streams", "prefetch"):
+            if (found := getattr(component.scheduler.tree_cache, part, None)) is not None:
+                state |= found.state()
+        result.internal_state["smg"] = state
 
 
 def _before_weight_update(component: Any, *args: Any, **kwargs: Any) -> None:

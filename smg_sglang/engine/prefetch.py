@@ -4,7 +4,8 @@ The device's tree is asked how far it knows a prompt, host memory what follows; 
 loaded into free slots, piece by piece, on a thread of their own. What has landed joins the tree, as
 if another request had computed it, and the request finds it there when its turn comes. One that is
 admitted earlier loads what is left itself, layer by layer in front of its forward; of its pieces
-those that have not begun are given up.
+those that have not begun are given up. Slots under way count as evictable: where the tree has
+nothing left to evict, they are given back.
 
 In which order: slots are loaded after the forwards that may still read them (`Mover.fence`); nobody
 knows them until every layer has landed (`LayerLoads.has_landed`), and pieces join the tree in the
@@ -17,7 +18,7 @@ import logging
 from array import array
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,50 +44,65 @@ LOOKUPS_A_STEP = 4
 #: What a request that is admitted may find under way, and load a second time: some 5 ms, at 10 GB/s
 #: on a CPU and (not measured) at 50 GB/s on CUDA.
 PIECE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
-#: Share of the pool that may hold what was loaded for requests which still wait.
+#: Share of the pool that may hold what was, or is being, loaded for requests which still wait.
 MAX_AHEAD = 0.25
 #: Share of the pool that stays for requests which run, or are admitted first.
 MIN_ROOM = 0.25
+#: Share of the pool below which a part of what a request needs is not worth a load.
+LEAST = 1 / 16
 
 
-@dataclass
+@dataclass(eq=False)
 class _Waiting:
     """What is known of one request that waits.
 
     Attributes:
         tokens: of its prompt, as many whole pages as may be found in a cache.
-        path: their page keys.
-        loaded: tokens that were, or are being, loaded for it.
+        path: their page keys; empty before they are needed.
+        head: tokens of it that the device had when it was last looked at, or has got since.
+        loaded: tokens of these that were loaded for it.
         under_way: pieces of it that have not landed.
         done: nothing more can be loaded for it.
     """
 
     tokens: array[int]
-    path: bytes
     extra_key: str | None
     cache_salt: str | None
+    priority: int
+    path: bytes = b""
+    head: int = 0
     loaded: int = 0
     under_way: int = 0
     done: bool = False
 
     def key(self, end: int) -> RadixKey:
-        return RadixKey(self.tokens[:end], self.extra_key, cache_salt=self.cache_salt)
+        return RadixKey(self.tokens, self.extra_key, limit=end, cache_salt=self.cache_salt)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A load under way: of tokens [begin, begin + len(slots)) of a request.
+@dataclass(eq=False)
+class _Load:
+    """What one request is being loaded, in pieces.
 
     Attributes:
-        index: its batch of `HostTier.ahead`.
-        lease: released with its last piece; None in the others.
+        first_key: page key of its first page: others with the same prefix wait for it.
+        failed: a piece has not come, so that those behind it have nowhere to hang.
     """
 
     waiting: _Waiting
+    lease: Lease
+    first_key: bytes
+    failed: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """Tokens [begin, begin + len(slots)) of a request, being loaded as batch `index`."""
+
+    load: _Load
     begin: int
     slots: torch.Tensor
     index: int
-    lease: Lease | None
+    is_last: bool
 
 
 class Prefetch:
@@ -98,133 +114,198 @@ class Prefetch:
         self._loads = loads
         self._waiting: dict[str, _Waiting] = {}
         self._pieces: deque[_Piece] = deque()
-        layout = tier.layout
-        self._piece_pages = max(1, PIECE_BYTES[tier.device.type] // layout.page_bytes)
-        self._page = layout.page_size
+        self._dropped_tokens = 0
+        self._page = tier.layout.page_size
+        self._piece_pages = max(1, PIECE_BYTES[tier.device.type] // tier.layout.page_bytes)
 
     @property
     def tokens_under_way(self) -> int:
-        """Slots that are neither free nor in the tree."""
+        """Slots that are neither free nor in the tree; `give_back` frees them."""
         return sum(piece.slots.numel() for piece in self._pieces)
+
+    def state(self) -> dict[str, int]:
+        """What `/server_info` shows, in tokens since the start and now."""
+        return {
+            "prefetched_tokens": self._tier.counters.prefetched_tokens,
+            "prefetch_dropped_tokens": self._dropped_tokens,
+            "prefetch_tokens_under_way": self.tokens_under_way,
+        }
 
     def land(self) -> None:
         """Put the pieces that have landed into the tree. Before requests are matched."""
         while self._pieces and self._loads.has_landed(self._pieces[0].index):
             self._finish(self._pieces.popleft())
 
-    def drop(self) -> None:
-        """Wait for the pieces under way and forget them: their KV is not wanted any more."""
-        self._waiting.clear()
+    def give_back(self) -> int:
+        """Free all slots under way, because memory is short or their KV is not wanted any more.
+        Waits for a piece that has begun. Returns how many."""
+        tokens = self.tokens_under_way
         for piece in self._pieces:
+            piece.load.failed = True
             self._loads.give_up(piece.index)
         while self._pieces:
-            self._finish(self._pieces.popleft(), keep=False)
+            self._finish(self._pieces.popleft())
+        return tokens
+
+    def drop(self) -> None:
+        """The cache or the weights are others from now on."""
+        self.give_back()
+        self._waiting.clear()
 
     def look_ahead(self, queue: Sequence[Any]) -> None:
         """Start to load for the first of these requests. After a batch has been formed, so that
         `queue` are those who go on waiting."""
         first = queue[:LOOK_AHEAD]
-        self._give_up_others({req.rid for req in first})
+        self._forget_others(queue, {req.rid for req in first})
         for req in first:
             if req.rid not in self._waiting:
                 self._waiting[req.rid] = self._new(req)
+        if not self._room():
+            return
         states = [self._waiting[req.rid] for req in first]
         ready = [state for state in states if not (state.done or state.under_way)]
         for waiting in ready[:LOOKUPS_A_STEP]:
             if not self._start(waiting):
                 return
 
-    def _give_up_others(self, rids: set[str]) -> None:
-        if gone := self._waiting.keys() - rids:
+    def _forget_others(self, queue: Sequence[Any], first: set[str]) -> None:
+        """Those who have left the queue; one that was only overtaken keeps its pieces."""
+        if not self._waiting.keys() <= first:
+            gone = self._waiting.keys() - {req.rid for req in queue}
             left = [self._waiting.pop(rid) for rid in gone]
             for piece in self._pieces:
-                if any(piece.waiting is waiting for waiting in left):
+                if piece.load.waiting in left:
                     self._loads.give_up(piece.index)
 
     def _new(self, req: Any) -> _Waiting:
         tokens = req.origin_input_ids + req.output_ids
         end = max(0, req._compute_max_prefix_len(len(tokens))) // self._page * self._page
         streams = self._cache.streams
-        if (
+        unfit = (
             req.positional_embed_overrides is not None
             or req.session is not None
             or (streams is not None and streams.needs(req))
-        ):
-            end = 0
-        waiting = _Waiting(tokens[:end], b"", req.extra_key, req.cache_salt, done=end == 0)
-        if end:
-            hexes = get_storage_hash_str(waiting.key(end), None, page_size=self._page)
-            waiting.path = keys_from_hex(hexes)
+        )
+        done = unfit or end == 0
+        waiting = _Waiting(
+            tokens[:end], req.extra_key, req.cache_salt, req.priority or 0, done=done
+        )
+        if not done:
+            waiting.head = self._match(waiting, end).device_prefix_len
         return waiting
 
     def _start(self, waiting: _Waiting) -> bool:
-        """Load what host memory has next of a request; False where there is no room for others."""
-        begin = self._match(waiting, len(waiting.tokens)).device_prefix_len // self._page
-        pages = len(waiting.path) // KEY_BYTES - begin
-        if pages < 1:
+        """Load what host memory has next of a request; False where no other should be tried."""
+        if not waiting.path:
+            hexes = get_storage_hash_str(
+                waiting.key(len(waiting.tokens)), None, page_size=self._page
+            )
+            waiting.path = keys_from_hex(hexes)
+        match = self._match(waiting, len(waiting.tokens))
+        waiting.head = match.device_prefix_len
+        begin = waiting.head // self._page
+        wanted = len(waiting.path) // KEY_BYTES - begin
+        if wanted < 1:
             waiting.done = True
             return True
-        if (room := self._room() // self._page) < 1:
+        first_key = waiting.path[begin * KEY_BYTES :][:KEY_BYTES]
+        if any(piece.load.first_key == first_key for piece in self._pieces):
+            return True  # it will find there what another one is being loaded
+        pages = min(wanted, self._room() // self._page)
+        if pages < min(wanted, self._piece_pages, self._share(LEAST) // self._page):
             return False
-        end = begin + min(pages, room)
-        lease = self._tier.lookup(waiting.path[: end * KEY_BYTES], begin)
+        lease = self._tier.lookup(waiting.path[: (begin + pages) * KEY_BYTES], begin)
         if lease is None:
-            waiting.done = True
-            return True
-        slots = self._allocate(len(lease.pages) * self._page)
+            waiting.done = self._tier.answers
+            return waiting.done
+        slots = self._allocate(len(lease.pages) * self._page, match.last_device_node)
         if slots is None:
             self._tier.release(lease)
             return False
-        self._load(waiting, begin, lease, slots)
+        self._load(_Load(waiting, lease, first_key), slots)
         return True
 
-    def _load(self, waiting: _Waiting, begin: int, lease: Lease, slots: torch.Tensor) -> None:
-        """Load the pages of a lease into slots, from page `begin` of the request on."""
-        waiting.loaded += slots.numel()
-        pages, offsets, size = len(lease.pages), lease.offsets, self._piece_pages
-        for first in range(0, pages, size):
-            last = min(first + size, pages)
-            mine = slots[first * self._page : last * self._page]
-            self._loads.queue("piece", mine, lease.arena.buffer, offsets[first:last], lease)
-            held = lease if last == pages else None
-            piece = _Piece(waiting, (begin + first) * self._page, mine, self._loads.start(), held)
-            self._pieces.append(piece)
-            waiting.under_way += 1
+    def _load(self, load: _Load, slots: torch.Tensor) -> None:
+        """Load the pages of a lease into slots, behind what the device has of the request."""
+        lease, size = load.lease, self._piece_pages * self._page
+        begin, offsets = load.waiting.head, lease.offsets
+        for first in range(0, slots.numel(), size):
+            mine = slots[first : first + size]
+            pages = slice(first // self._page, (first + mine.numel()) // self._page)
+            try:
+                self._loads.queue("piece", mine, lease.arena.buffer, offsets[pages], lease)
+            except ValueError:
+                # Nothing of ours may end the scheduler; the request loads for itself, or computes.
+                logger.exception("smg: a load ahead was refused")
+                load.waiting.done = True
+                self._free(slots[first:])
+                if first == 0:
+                    self._tier.release(lease)
+                elif self._pieces:
+                    self._pieces[-1] = replace(self._pieces[-1], is_last=True)
+                return
+            is_last = first + size >= slots.numel()
+            self._pieces.append(_Piece(load, begin + first, mine, self._loads.start(), is_last))
+            load.waiting.under_way += 1
 
     def _match(self, waiting: _Waiting, end: int) -> Any:
         return self._cache.match_prefix(MatchPrefixParams(key=waiting.key(end)))
 
+    def _share(self, of_pool: float) -> int:
+        return int(self._cache.token_to_kv_pool_allocator.size * of_pool)
+
     def _room(self) -> int:
-        """Tokens that may be loaded now."""
-        cache, allocator = self._cache, self._cache.token_to_kv_pool_allocator
-        free = allocator.available_size()
-        unused = free + cache.evictable_size() + self.tokens_under_way
-        most = min(unused - int(allocator.size * MIN_ROOM), int(allocator.size * MAX_AHEAD))
-        room = most - sum(waiting.loaded for waiting in self._waiting.values())
+        """Tokens that may be loaded now. What the device has of requests that wait is not evicted
+        for others that wait."""
+        free = self._cache.token_to_kv_pool_allocator.available_size()
+        kept = sum(waiting.head for waiting in self._waiting.values())
+        loaded = sum(waiting.loaded for waiting in self._waiting.values())
+        room = free + self._cache.tree_evictable_size() - kept - self._share(MIN_ROOM)
+        room = min(room, self._share(MAX_AHEAD) - loaded - self.tokens_under_way)
         if self._tier.config.write_policy is WritePolicy.WRITE_BACK:
             room = min(room, free)  # there an eviction costs a copy, which the scheduler waits for
         return max(0, room)
 
-    def _allocate(self, tokens: int) -> torch.Tensor | None:
+    def _allocate(self, tokens: int, head: Any) -> torch.Tensor | None:
+        """Free slots; where some are to be freed first, not those of the node `head`, and those of
+        others that wait last."""
         cache = self._cache
         allocator = cache.token_to_kv_pool_allocator
         if (missing := tokens - allocator.available_size()) > 0:
-            cache.evict(EvictParams(num_tokens=missing))
+            lock = cache.lock(head)
+            for waiting in reversed(self._waiting.values()):
+                if waiting.head:
+                    self._match(waiting, waiting.head)
+            if missing <= cache.tree_evictable_size():
+                cache.evict(EvictParams(num_tokens=missing))
+            cache.unlock(lock)
         slots: torch.Tensor | None = allocator.alloc(tokens)
         return slots
 
-    def _finish(self, piece: _Piece, keep: bool = True) -> None:
+    def _free(self, slots: torch.Tensor) -> None:
+        # Whole pages, from a page's beginning.
+        self._cache.token_to_kv_pool_allocator.free_segment(slots, start_pos=0)
+
+    def _finish(self, piece: _Piece) -> None:
+        load, waiting = piece.load, piece.load.waiting
         landed = self._loads.finish(piece.index)
-        piece.waiting.under_way -= 1
-        if piece.lease is not None:
-            self._tier.release(piece.lease)
-        if not (landed and keep and self._join(piece)):
-            piece.waiting.done = True
-            self._cache.token_to_kv_pool_allocator.free(piece.slots)
+        waiting.under_way -= 1
+        if piece.is_last:
+            self._tier.release(load.lease)
+        if landed and not load.failed and self._join(piece):
+            return
+        self._free(piece.slots)
+        self._dropped_tokens += piece.slots.numel()
+        if not load.failed:
+            load.failed = waiting.done = True
+            for behind in self._pieces:
+                if behind.load is load:
+                    self._loads.give_up(behind.index)
 
     def _join(self, piece: _Piece) -> bool:
         """Put a piece into the tree; False where what comes before it has left."""
-        match = self._match(piece.waiting, piece.begin)
+        waiting = piece.load.waiting
+        match = self._match(waiting, piece.begin)
         if match.device_prefix_len < piece.begin:
             return False
         head = self._cache.path_device_indices(match.last_device_node).to(torch.int64)
@@ -233,11 +314,14 @@ class Prefetch:
         # nobody has used it yet, and host memory has it, so there is nothing to spill.
         self._cache.insert(
             InsertParams(
-                key=piece.waiting.key(len(values)),
+                key=waiting.key(len(values)),
                 value=values,
                 prev_prefix_len=piece.begin,
                 inserted_len=len(values),
+                priority=waiting.priority,
             )
         )
+        waiting.head = len(values)
+        waiting.loaded += piece.slots.numel()
         self._tier.counters.prefetched_tokens += piece.slots.numel()
         return True

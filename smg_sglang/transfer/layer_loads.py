@@ -132,7 +132,11 @@ class LayerLoads:
         self.counter.reset()
 
     def close(self) -> None:
-        """`reset`, then end the thread. May be called twice."""
+        """`reset`, then end the thread; paced, what has not begun is given up. May be called
+        twice."""
+        if self._paced:
+            for index in self.counter.events:
+                self.give_up(index)
         self.reset()
         self._tasks.put(None)
         self._thread.join()

@@ -24,6 +24,8 @@ def make_args(**changes):
         "pp_size": 1,
         "disaggregation_mode": "null",
         "speculative_algorithm": None,
+        "enable_memory_saver": False,
+        "enable_pdmux": False,
         # where contexts are streamed
         "tp_size": 1,
         "attention_backend": None,
@@ -36,7 +38,6 @@ def make_args(**changes):
         "kv_cache_dtype": "auto",
         "enable_dp_attention": False,
         "enable_two_batch_overlap": False,
-        "enable_pdmux": False,
     }
     return SimpleNamespace(**(fields | changes))
 
@@ -87,6 +88,8 @@ def test_sglangs_own_page_size_wins():
         ({"pp_size": 2}, "--pp-size"),
         ({"disaggregation_mode": "prefill"}, "--disaggregation-mode"),
         ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm"),
+        ({"enable_memory_saver": True}, "--enable-memory-saver"),
+        ({"enable_pdmux": True}, "--enable-pdmux"),
     ],
 )
 def test_what_cannot_be_combined_is_refused_by_name(changes, flag):
@@ -135,6 +138,13 @@ def test_engine_keywords_are_split():
 def test_engine_keywords_that_make_no_sense_are_refused(kwargs):
     with pytest.raises(ConfigError):
         flags.split_kwargs(kwargs)
+
+
+def test_loads_ahead_are_for_one_rank():
+    given = {"host_gb": 0.5, "prefetch": True}
+    with pytest.raises(ConfigError, match="--smg-prefetch cannot be combined with --tp-size"):
+        flags.configure(make_args(tp_size=2), given, origin="engine")
+    assert flags.configure(make_args(), given, origin="engine").prefetch
 
 
 STREAMS = {"host_gb": 0.5, "stream_context": True}

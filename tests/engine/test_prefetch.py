@@ -151,6 +151,7 @@ def request(rid, tokens, **changes):
         "session": None,
         "extra_key": None,
         "cache_salt": None,
+        "priority": None,
     }
     return SimpleNamespace(**fields | changes)
 
@@ -205,18 +206,12 @@ def test_what_the_device_has_is_not_loaded(make_world):
 
 
 def test_a_long_prefix_comes_in_pieces(make_world):
-    copies = threading.Semaphore(0)
-    world = make_world(before_copy=lambda: copies.acquire(timeout=10))
-    copies.release(1000)
-    world.compute(A[:40])
-    world.leave_device()
-    while copies.acquire(blocking=False):
-        pass
+    world, copies = blocked_world(make_world, [A])
     world.cache.prefetch._piece_pages = 3
     waiting = request("r", A)
     for loaded in (0, 12, 24, 36, 40):
         until(lambda at=loaded: steps_to(world, waiting, at))
-        copies.release(LAYERS)
+        copies.through.release(LAYERS)
     world.step(waiting)
     assert world.tier.state()["memory"]["leases"] == 0
 
@@ -249,10 +244,10 @@ def test_a_quarter_of_the_pool_stays_for_others(make_world):
     world = make_world()
     world.compute(A[:40])
     world.leave_device()
-    held = world.allocator.alloc(SLOTS * 3 // 4 - 8)
+    held = world.allocator.alloc(SLOTS * 3 // 4 - 20)
     world.held = len(held)
     world.settle(request("r", A))
-    assert world.on_device(A) == 8
+    assert world.on_device(A) == 20
     world.allocator.free(held)
     world.held = 0
     world.settle(request("r", A))
@@ -276,9 +271,9 @@ def test_write_back_loads_into_free_slots_only(make_world):
     world = make_world(WritePolicy.WRITE_BACK)
     world.compute(A[:40])
     world.cache.evict(EvictParams(num_tokens=SLOTS))
-    world.compute(list(range(5000, 5000 + SLOTS - 12)))
+    world.compute(list(range(5000, 5000 + SLOTS - 20)))
     world.settle(request("r", A))
-    assert world.on_device(A) == 12
+    assert world.on_device(A) == 20
     assert world.cache.evictable_size() == SLOTS
 
 
@@ -371,6 +366,157 @@ def test_without_a_memory_server_nothing_is_loaded(make_world):
     world.settle(request("r", A))
     assert world.on_device(A) == 0
     world.server = RunningServer(world.tier._address, 4 << 20)
+
+
+def test_making_room_does_not_evict_the_head_that_is_extended(make_world):
+    world = make_world()
+    prompt = list(range(1000, 1000 + SLOTS + 1))
+    world.compute(prompt[:SLOTS])
+    world.leave_device()
+    world.compute(prompt[:192])
+    world.spilled()
+    held = world.allocator.alloc(SLOTS - 192)
+    world.held = len(held)
+    world.settle(request("r", prompt))
+    assert world.on_device(prompt) == 192
+
+
+def test_what_one_has_on_the_device_is_not_evicted_for_another(make_world):
+    world = make_world()
+    first, second = (list(range(i, i + 97)) for i in (1000, 2000))
+    for prompt in (first, second):
+        world.compute(prompt[:96])
+        world.spilled()
+    world.leave_device()
+    for prompt in (first, second):
+        world.compute(prompt[:80])
+    world.spilled()
+    world.compute(list(range(5000, 5096)))
+    world.spilled()
+    world.settle(request("a", first), request("b", second))
+    assert (world.on_device(first), world.on_device(second)) == (96, 96)
+
+
+class Blocked:
+    """A hook that lets copies through by number."""
+
+    def __init__(self):
+        self.through = threading.Semaphore(1000)
+
+    def __call__(self):
+        self.through.acquire(timeout=10)
+
+    def close(self):
+        while self.through.acquire(blocking=False):
+            pass
+
+    def open(self):
+        self.through.release(1000)
+
+
+def blocked_world(make_world, prompts):
+    """All prompts are in host memory; loads wait until `open`."""
+    copies = Blocked()
+    world = make_world(before_copy=copies)
+    for prompt in prompts:
+        world.compute(prompt[: len(prompt) // PAGE * PAGE])
+        world.spilled()
+    world.leave_device()
+    copies.close()
+    return world, copies
+
+
+def test_pieces_of_requests_that_left_still_count(make_world):
+    prompts = [list(range(i, i + 41)) for i in range(1000, 7000, 1000)]
+    world, copies = blocked_world(make_world, prompts)
+    for i, prompt in enumerate(prompts):
+        world.step(request(f"r{i}", prompt))
+        assert world.cache.prefetch.tokens_under_way <= SLOTS // 4
+    copies.open()
+    world.wait()
+    world.step()
+
+
+def test_slots_under_way_are_there_for_those_who_need_them_now(make_world):
+    world, copies = blocked_world(make_world, [A])
+    world.cache.prefetch._piece_pages = 3
+    world.step(request("r", A))
+    assert world.allocator.available_size() == SLOTS - 40
+    assert world.cache.evictable_size() == 40, "so that requests are admitted"
+    copies.open()
+    assert world.cache.evict(EvictParams(num_tokens=SLOTS)).num_tokens_evicted == 40
+    assert world.allocator.available_size() == SLOTS
+    assert world.tier.state()["memory"]["leases"] == 0
+    world.check()
+
+
+def test_requests_with_the_same_prefix_load_it_once(make_world):
+    world, copies = blocked_world(make_world, [A])
+    waiting = [request(f"r{i}", A) for i in range(4)]
+    world.step(*waiting)
+    assert world.cache.prefetch.tokens_under_way == 40
+    copies.open()
+    world.settle(*waiting)
+    assert world.tier.counters.prefetched_tokens == 40
+
+
+def test_one_that_was_only_overtaken_keeps_its_pieces(make_world, monkeypatch):
+    monkeypatch.setattr(prefetch, "LOOK_AHEAD", 1)
+    world, copies = blocked_world(make_world, [A])
+    overtaken = request("r", A)
+    world.step(overtaken)
+    world.step(request("first", list(range(9000, 9010))), overtaken)
+    copies.open()
+    world.wait()
+    world.step()
+    assert world.on_device(A) == 40
+
+
+def test_a_memory_server_that_is_late_is_asked_again(make_world):
+    world = make_world()
+    world.compute(A[:40])
+    world.leave_device()
+    waiting, connection = request("r", A), type(world.tier._links.lookups.connection())
+    stalled = connection.stalled
+    try:
+        connection.stalled = property(lambda self: True)
+        world.settle(waiting)
+    finally:
+        connection.stalled = stalled
+    assert world.on_device(A) == 0
+    world.settle(waiting)
+    assert world.on_device(A) == 40
+
+
+@pytest.mark.parametrize("piece_pages", [3, 100])
+def test_a_load_that_is_refused_costs_no_slot_and_no_lease(make_world, piece_pages):
+    world = make_world()
+    world.compute(A[:40])
+    world.leave_device()
+    world.cache.prefetch._piece_pages = piece_pages
+    queue, calls = world.tier.ahead.queue, []
+
+    def refuse(*args):
+        calls.append(args)
+        if len(calls) == (2 if piece_pages == 3 else 1):
+            raise ValueError("pages outside the arena")
+        queue(*args)
+
+    world.tier.ahead.queue = refuse
+    world.settle(request("r", A))
+    world.check()
+    assert world.on_device(A) == (12 if piece_pages == 3 else 0)
+    assert world.tier.state()["memory"]["leases"] == 0
+
+
+def test_a_small_part_of_what_is_needed_is_not_worth_a_load(make_world):
+    world = make_world()
+    world.compute(A[:40])
+    world.leave_device()
+    held = world.allocator.alloc(SLOTS * 3 // 4 - 8)
+    world.held = len(held)
+    world.settle(request("r", A))
+    assert world.on_device(A) == 0
 
 
 @pytest.mark.parametrize(
