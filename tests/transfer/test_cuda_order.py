@@ -148,10 +148,10 @@ def test_a_page_that_was_spilled_is_read_after_the_spill_and_its_slots_are_free(
     slots = worlds.page_slots(pool, 2)
 
     class Spills(Reported):
-        def _move(self, segments, move, host, page_starts, *, to_arena):
+        def _move(self, layers, move, pages, *, to_arena):
             (cuda.read if to_arena else cuda.write)("slots")
             (cuda.write if to_arena else cuda.read)("pages")
-            super()._move(segments, move, host, page_starts, to_arena=to_arena)
+            super()._move(layers, move, pages, to_arena=to_arena)
 
     Spills.cuda = cuda
     mover = Spills(pool, order_after=[forward], programs=2)
