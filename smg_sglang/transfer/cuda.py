@@ -2,8 +2,8 @@
 
 The arena is page-locked piece by piece in the background. A move whose pages are locked goes
 directly, by one of two methods; any other goes through a small pinned ring, with a CPU copy.
-By kernel a spill is one launch for all pages and layers, and a load one for each layer; two of each
-where rows of K and V differ in length (`launches`).
+By kernel a spill is one launch for all pages and layers, and a load one for a layer, or for some
+where pages are few; two of each where rows of K and V differ in length (`launches`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from smg_sglang.transfer.copy_choice import CopyMethods, Method
-from smg_sglang.transfer.launches import BufferTable, LockedPages, buffer_tables
+from smg_sglang.transfer.launches import BufferTable, LockedPages, buffer_tables, layer_groups
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import Mark, Mover, PageMove
 from smg_sglang.transfer.pinning import ArenaPins
@@ -148,6 +148,13 @@ class CudaMover(Mover):
 
     def mark(self) -> Mark:
         return EventMark(self._load_stream)
+
+    def load_groups(self, moves: Sequence[PageMove]) -> list[range]:
+        locked = all(isinstance(move, CudaMove) and move.direct for move in moves)
+        if self._methods.load != "kernel" or not locked:
+            return super().load_groups(moves)
+        pages = sum(move.num_pages for move in moves)
+        return layer_groups(self.layout.num_layers, pages * self.layout.layer_bytes)
 
     def load_layer(self, layer: int, move: PageMove) -> None:
         self.load_layers(range(layer, layer + 1), move)
