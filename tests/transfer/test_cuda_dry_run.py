@@ -155,3 +155,42 @@ def test_the_kernel_compiles_for_hopper_without_a_gpu(unit, row_words, access, t
     accesses = set(re.findall(r"(ld|st)\.global\.([\w.]+)", compiled.asm["ptx"]))
     # Numbers of slots and pages are read one by one.
     assert accesses == {("ld", "b64"), ("ld", access), ("st", access)}
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Kernels are compiled for a device that is not there, and not launched."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    class Hopper:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
+
+
+@pytest.mark.parametrize("to_arena", [True, False])
+def test_one_compilation_serves_all_numbers_and_places(hopper, monkeypatch, to_arena):
+    """Or a kernel would be compiled while a request waits."""
+    from smg_sglang.transfer import triton_rows
+
+    kernel = triton_rows._move_tiles
+    monkeypatch.setattr(
+        kernel, "run", lambda *args, warmup, run=kernel.run, **more: run(*args, warmup=True, **more)
+    )
+    kernel.device_caches.clear()
+    table, numbers = torch.zeros(64, 2, dtype=torch.int64), torch.zeros(2000, dtype=torch.int64)
+    for pages, first in [(0, 0), (1, 0), (1, 1), (2, 3), (16, 0), (1984, 5)]:
+        triton_rows.move_rows(
+            table[first:],
+            numbers[first : first + pages],
+            numbers[first : first + pages],
+            row_bytes=2048,
+            page_size=1,
+            unit=16,
+            programs=16,
+            to_arena=to_arena,
+        )
+    compiled, *_ = kernel.device_caches[0]
+    assert len(compiled) == 1
