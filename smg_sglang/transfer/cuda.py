@@ -156,9 +156,6 @@ class CudaMover(Mover):
         pages = sum(move.num_pages for move in moves)
         return layer_groups(self.layout.num_layers, pages * self.layout.layer_bytes)
 
-    def load_layer(self, layer: int, move: PageMove) -> None:
-        self.load_layers(range(layer, layer + 1), move)
-
     def load_layers(self, layers: range, move: PageMove) -> None:
         assert isinstance(move, CudaMove), "layers are loaded inside `loading`"
         if move.direct is not None:

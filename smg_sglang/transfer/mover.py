@@ -133,13 +133,9 @@ class Mover(ABC):
         """
 
     @abstractmethod
-    def load_layer(self, layer: int, move: PageMove) -> None:
-        """Copy one layer of the pages into the slots: done (CPU) or enqueued (CUDA) on return."""
-
     def load_layers(self, layers: range, move: PageMove) -> None:
-        """`load_layer` for each, in order."""
-        for layer in layers:
-            self.load_layer(layer, move)
+        """Copy some layers, one after another, of the pages into the slots: done (CPU) or enqueued
+        (CUDA) on return."""
 
     def load_groups(self, moves: Sequence[PageMove]) -> list[range]:
         """All layers, in order, in groups that are loaded at once. A layer each, unless it takes

@@ -186,10 +186,7 @@ def test_a_mover_may_load_by_one_method_and_spill_by_the_other(cuda, pool, let_c
     assert cuda.ms == 10
     before = worlds.gathered(pool, slots)
     worlds.clear(pool)
-    with mover.loading([move], mover.fence()) as moves:
-        for layer in range(3):
-            mover.load_layer(layer, moves[0])
-        mover.mark().synchronize()
+    worlds.load(mover, move)
     assert cuda.ms == 10 + 100 * 6
     for have, want in zip(worlds.gathered(pool, slots), before, strict=True):
         np.testing.assert_array_equal(have, want)

@@ -98,7 +98,7 @@ def test_nothing_to_copy_is_fine(kernel):
     arena, _ = worlds.make_arena(pool, 1)
     move = mover.prepare(torch.empty(0, dtype=torch.int64), arena, np.empty(0, np.int64))
     mover.spill(move)
-    mover.load_layer(0, move)
+    mover.load_layers(range(1), move)
 
 
 def test_what_lies_outside_its_memory_is_refused():
