@@ -163,8 +163,8 @@ def copying(world: World, programs: int, direction: str):
                 mover.spill(move)
                 continue
             with mover.loading([move], ()) as moves:  # behind nothing: all the while
-                for layer in range(mover.layout.num_layers):
-                    mover.load_layer(layer, moves[0])
+                for layers in mover.load_groups(moves):
+                    mover.load_layers(layers, moves[0])
                 mover.mark().synchronize()
 
     thread = threading.Thread(target=work)

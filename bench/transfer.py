@@ -5,6 +5,7 @@
 In one process, the subjects take turns in every round; figures are medians with quartiles.
 Pages lie in a memfd as the memory server makes it, their slots in a pool of twice as many pages.
 ``random``: pages at random places on both sides (a cache in use); ``in order``: as when new.
+On CUDA also what a spill and a load of a few pages cost the CPU, and how often it enqueues.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,14 +96,17 @@ def make_pool(shape: Shape, page_size: int, megabytes: int, device: str) -> Devi
     return DevicePool.mha(keys, [tensor() for _ in range(shape.layers)], page_size)
 
 
-def movement(world: World, mover: Mover, label: str) -> Subjects:
-    move = mover.prepare(world.slots, world.arena.buffer, world.offsets)
+def movement(world: World, mover: Mover, label: str, pages: int | None = None) -> Subjects:
+    """``pages``: so many of the world's; all by default."""
+    slots = None if pages is None else pages * mover.layout.page_size
+    move = mover.prepare(world.slots[:slots], world.arena.buffer, world.offsets[:pages])
 
     def load() -> None:
         with mover.loading([move], mover.fence()) as moves:
-            for layer in range(mover.layout.num_layers):
-                mover.load_layer(layer, moves[0])
-            mover.mark().synchronize()
+            for layers in mover.load_groups(moves):
+                mover.load_layers(layers, moves[0])
+                mark = mover.mark()
+            mark.synchronize()
 
     return {f"spill, {label}": lambda: mover.spill(move), f"load, {label}": load}
 
@@ -129,14 +134,64 @@ def cuda_subjects(world: World) -> Subjects:
         "plain device to host": lambda: plain(host, device),
         "plain host to device": lambda: plain(device, host),
     }
-    methods: tuple[Method, ...] = ("kernel", "copies")
-    for method in methods:
-        mover = CudaMover(world.pool, methods=CopyMethods(method, method), shared_pins=world.pins)
-        mover.pin(world.arena.buffer)
-        if not mover.wait_pinned(world.arena.buffer):
-            raise SystemExit("the driver does not page-lock the arena (see `ulimit -l`)")
+    for method, mover in cuda_movers(world).items():
         subjects |= movement(world, mover, method)
     return subjects
+
+
+class CountedMover(CudaMover):
+    """Counts launches, and parts of a layer copied run by run."""
+
+    enqueued = 0
+
+    def _launch(self, *args: Any, **more: Any) -> None:
+        self.enqueued += 1
+        super()._launch(*args, **more)
+
+    def _copy_runs(self, *args: Any, **more: Any) -> None:
+        self.enqueued += 1
+        super()._copy_runs(*args, **more)
+
+
+def cuda_movers(world: World) -> dict[Method, CountedMover]:
+    methods: tuple[Method, ...] = ("kernel", "copies")
+    movers = {
+        method: CountedMover(
+            world.pool, methods=CopyMethods(method, method), shared_pins=world.pins
+        )
+        for method in methods
+    }
+    world.pins.pin(world.arena.buffer, world.pool.device)
+    if not world.pins.wait(world.arena.buffer):
+        raise SystemExit("the driver does not page-lock the arena (see `ulimit -l`)")
+    return movers
+
+
+def enqueueing(world: World, pages: int, rounds: int) -> dict[str, dict[str, float]]:
+    """What a spill and a load cost this thread: microseconds of CPU time (it sleeps while it waits
+    for the copy), the median, and how often it enqueued; wall time beside it."""
+    costs = {}
+    for method, mover in cuda_movers(world).items():
+        for name, run in movement(world, mover, method, pages).items():
+            run()  # warms up
+            mover.enqueued = 0
+            samples = []
+            for _ in range(rounds):
+                began = time.thread_time(), time.perf_counter()
+                run()
+                samples.append((time.thread_time() - began[0], time.perf_counter() - began[1]))
+            cpu, wall = 1e6 * np.median(samples, axis=0)
+            costs[f"{name}, {pages} pages"] = {
+                "enqueued": mover.enqueued / rounds, "cpu_us": float(cpu), "us": float(wall)
+            }  # fmt: skip
+    return costs
+
+
+def show_enqueueing(console: Console, costs: dict[str, dict[str, float]]) -> None:
+    table = Table("what", "launches, or parts of layers", "CPU us", "us until copied")
+    for name, cost in costs.items():
+        table.add_row(name, *(f"{cost[key]:.0f}" for key in ("enqueued", "cpu_us", "us")))
+    console.print(table)
 
 
 def measure(subjects: Subjects, nbytes: int, rounds: int) -> dict[str, list[float]]:
@@ -211,13 +266,18 @@ def main() -> None:
         world = World(SHAPES[name], page_size, options.megabytes, options.device, order)
         subjects = cpu_subjects(world) if options.device == "cpu" else cuda_subjects(world)
         rates = measure(subjects, world.nbytes, options.rounds)
+        costs = {}
+        if options.device == "cuda":
+            for pages in sorted({1, min(16, world.pages)}):
+                costs |= enqueueing(world, pages, options.rounds)
         world.pins.close()
         show(console, f"{name}, page size {page_size}, {order}, {world.nbytes >> 20} MiB", rates)
         case = {"shape": name, "page_size": page_size, "order": order, "nbytes": world.nbytes}
         if options.device == "cuda":
             choice = choose_copies(world.pool)
             console.print(f"a server would choose: {choice} ({choice.why})")
-            case["choice"] = choice.state()
+            show_enqueueing(console, costs)
+            case |= {"choice": choice.state(), "enqueueing": costs}
         results.append({**case, "gb_per_s": rates})
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(

@@ -32,7 +32,9 @@ load writes a layer, then   `LayerCounter.wait_until(layer)`       the current s
 the forward reads it        blocks on the batch's condition until  the layer's event; the CPU waits
                             the loader thread passed that layer    only while a layer is not yet
                                                                    enqueued (unpinned pages,
-                                                                   or copies by copy engines)
+                                                                   or copies by copy engines).
+                                                                   Layers of one launch share an
+                                                                   event, which is behind them all
 load writes slots, then     the engine frees or inserts them only  the same: `finish` waits for
 anybody reuses them         after `LayerLoads.finish(index)`       the last layer's event
 load reads a page, then     the lease is released after `finish`   the same

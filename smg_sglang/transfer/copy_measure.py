@@ -56,8 +56,9 @@ def _measured(pool: DevicePool) -> CopyChoice:
 def measure(pool: DevicePool) -> tuple[CopyRates, CopyRates]:
     """(loads, spills) of one layer of many pages at random places, medians on an idle device.
 
-    One layer, because that is what a load copies at a time, and a spill is as many of them as there
-    are layers. Figures hold the CPU's time to enqueue, too, where the device waits for it.
+    One layer, because that is what a load copies at a time, K and V by one launch of the kernel. A
+    spill of more layers is one launch, too. Figures hold the CPU's time to enqueue where the device
+    waits for it, so by kernel larger spills are a little faster than measured, smaller ones slower.
 
     Raises:
         RuntimeError: CUDA's, or that it page-locks no memory.

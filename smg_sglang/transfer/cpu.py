@@ -50,9 +50,9 @@ class CpuMover(Mover):
         # The forward is synchronous: what it wrote is there.
         self._copy(0, len(self._segments), move, to_arena=True)
 
-    def load_layer(self, layer: int, move: PageMove) -> None:
+    def load_layers(self, layers: range, move: PageMove) -> None:
         num_parts = len(self.layout.parts)
-        self._copy(layer * num_parts, (layer + 1) * num_parts, move, to_arena=False)
+        self._copy(layers.start * num_parts, layers.stop * num_parts, move, to_arena=False)
 
     def _checked_slots(self, slots: torch.Tensor) -> torch.Tensor:
         # The kernels write through raw addresses: a wrong slot must not get there.

@@ -2,6 +2,8 @@
 
 The arena is page-locked piece by piece in the background. A move whose pages are locked goes
 directly, by one of two methods; any other goes through a small pinned ring, with a CPU copy.
+By kernel a spill is one launch for all pages and layers, and a load one for a layer, or for some
+where pages are few; two of each where rows of K and V differ in length (`launches`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 
 from smg_sglang.transfer.copy_choice import CopyMethods, Method
+from smg_sglang.transfer.launches import BufferTable, LockedPages, buffer_tables, layer_groups
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import Mark, Mover, PageMove
 from smg_sglang.transfer.pinning import ArenaPins
@@ -46,10 +49,11 @@ class CudaMove(PageMove):
     """A move as it is carried out: directly or through the ring, decided once for all layers.
 
     Attributes:
+        direct: where the pages are, unless they go through the ring.
         host_slots: copy of ``slots``, for the method that needs it.
     """
 
-    direct: bool = True
+    direct: LockedPages | None = None
     host_slots: torch.Tensor | None = None
 
 
@@ -92,7 +96,7 @@ class CudaMover(Mover):
         self._owns_pins = shared_pins is None
         self._pinned = shared_pins or ArenaPins()
         self._spilling = threading.Lock()
-        self._word = gcd(8, *(part.row_bytes for part in self.layout.parts))
+        self._tables = buffer_tables(pool)
         self._compile()
 
     def _compile(self) -> None:
@@ -100,10 +104,8 @@ class CudaMover(Mover):
         nothing = torch.empty(0, dtype=torch.int64, device=self.pool.device)
         for to_arena in (False, True):
             if self._method(to_arena) == "kernel":
-                for rows in self.pool.rows[0]:
-                    self._launch(
-                        rows, rows.data_ptr(), nothing, nothing, self._word, to_arena=to_arena
-                    )
+                for table in self._tables:
+                    self._launch(table, range(1), nothing, nothing, table.unit, to_arena=to_arena)
 
     def _method(self, to_arena: bool) -> Method:
         return self._methods.spill if to_arena else self._methods.load
@@ -147,34 +149,46 @@ class CudaMover(Mover):
     def mark(self) -> Mark:
         return EventMark(self._load_stream)
 
-    def load_layer(self, layer: int, move: PageMove) -> None:
-        assert isinstance(move, CudaMove), "load_layer is called inside `loading`"
-        parts = range(layer * len(self.layout.parts), (layer + 1) * len(self.layout.parts))
-        if move.direct:
-            self._move(parts, move, move.arena, move.offsets, to_arena=False)
+    def load_groups(self, moves: Sequence[PageMove]) -> list[range]:
+        locked = all(isinstance(move, CudaMove) and move.direct for move in moves)
+        if self._methods.load != "kernel" or not locked:
+            return super().load_groups(moves)
+        pages = sum(move.num_pages for move in moves)
+        return layer_groups(self.layout.num_layers, pages * self.layout.layer_bytes)
+
+    def load_layers(self, layers: range, move: PageMove) -> None:
+        assert isinstance(move, CudaMove), "layers are loaded inside `loading`"
+        if move.direct is not None:
+            self._move(layers, move, move.direct, to_arena=False)
             return
+        for layer in layers:
+            self._load_through_ring(layer, move)
+
+    def _load_through_ring(self, layer: int, move: CudaMove) -> None:
         start, size = self.layout.part_offset(layer, 0), self.layout.layer_bytes
         ring = self._load_ring
         for first, end, places in ring.chunks(move.num_pages, size):
             sources = move.offsets[first:end] + start
             _copy_blocks(ring.buffer, places, move.arena, sources, size)
-            chunk = self._slice(move, first, end)
-            self._move(parts, chunk, ring.buffer, places - start, to_arena=False)
+            pages = self._locked(ring.buffer, places - start, to_arena=False)
+            self._move(
+                range(layer, layer + 1), self._slice(move, first, end), pages, to_arena=False
+            )
 
     def spill(self, move: PageMove, after: Sequence[Mark] = ()) -> None:
         with self._spilling, torch.cuda.stream(self._spill_stream):
             for mark in after:
                 mark.wait()
-            started, segments = self._begin(move, to_arena=True), self._all_segments
-            if started.direct:
-                self._move(segments, started, started.arena, started.offsets, to_arena=True)
+            started = self._begin(move, to_arena=True)
+            if started.direct is not None:
+                self._move(self._all_layers, started, started.direct, to_arena=True)
                 EventMark(self._spill_stream).synchronize()
                 return
             size, ring = self.layout.page_bytes, self._spill_ring
             for first, end, places in ring.chunks(move.num_pages, size):
-                self._move(
-                    segments, self._slice(started, first, end), ring.buffer, places, to_arena=True
-                )
+                pages = self._locked(ring.buffer, places, to_arena=True)
+                chunk = self._slice(started, first, end)
+                self._move(self._all_layers, chunk, pages, to_arena=True)
                 EventMark(self._spill_stream).synchronize()
                 _copy_blocks(move.arena, move.offsets[first:end], ring.buffer, places, size)
 
@@ -185,14 +199,15 @@ class CudaMover(Mover):
         with torch.cuda.stream(self._stream(to_arena)):
             begin.record()
             started = self._begin(move, to_arena=to_arena)
-            self._move(self._all_segments, started, move.arena, move.offsets, to_arena=to_arena)
+            assert started.direct is not None, "its pages are locked"
+            self._move(self._all_layers, started, started.direct, to_arena=to_arena)
             end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1000
 
     @property
-    def _all_segments(self) -> range:
-        return range(self.layout.num_layers * len(self.layout.parts))
+    def _all_layers(self) -> range:
+        return range(self.layout.num_layers)
 
     def _stream(self, to_arena: bool) -> Any:
         return self._spill_stream if to_arena else self._load_stream
@@ -201,7 +216,12 @@ class CudaMover(Mover):
         # The caller may drop the slots while the stream still reads them.
         move.slots.record_stream(self._stream(to_arena))
         host_slots = move.slots.cpu() if self._method(to_arena) == "copies" else None
-        return CudaMove(move.slots, move.arena, move.offsets, self._is_pinned(move), host_slots)
+        direct = (
+            self._locked(move.arena, move.offsets, to_arena=to_arena)
+            if self._is_pinned(move)
+            else None
+        )
+        return CudaMove(move.slots, move.arena, move.offsets, direct, host_slots)
 
     def _is_pinned(self, move: PageMove) -> bool:
         if not self._pins or not move.num_pages:
@@ -209,62 +229,48 @@ class CudaMover(Mover):
         end = int(move.offsets.max()) + self.layout.page_bytes
         return end <= self._pinned.pinned_bytes(move.arena)
 
+    def _locked(self, host: np.ndarray, starts: np.ndarray, *, to_arena: bool) -> LockedPages:
+        kernel = self._method(to_arena) == "kernel"
+        return LockedPages.at(host, starts, self.pool.device if kernel else None)
+
     def _slice(self, move: CudaMove, first: int, end: int) -> CudaMove:
+        """Some pages of a move that goes through the ring."""
         size = self.layout.page_size
         part = slice(first * size, end * size)
         host_slots = None if move.host_slots is None else move.host_slots[part]
-        return CudaMove(
-            move.slots[part], move.arena, move.offsets[first:end], move.direct, host_slots
-        )
+        return CudaMove(move.slots[part], move.arena, move.offsets[first:end], None, host_slots)
 
-    def _move(
-        self,
-        segments: range,
-        move: CudaMove,
-        host: np.ndarray,
-        page_starts: np.ndarray,
-        *,
-        to_arena: bool,
-    ) -> None:
-        """Enqueue copies of parts of layers between the slots and page-locked memory.
-
-        ``page_starts``: int64 [n], where each page starts in ``host``; may lie outside of it
-        where ``host`` holds one layer of the pages only.
-        """
-        if not move.num_pages:
+    def _move(self, layers: range, move: CudaMove, pages: LockedPages, *, to_arena: bool) -> None:
+        """Enqueue copies of some layers between the move's slots and page-locked memory."""
+        if pages.on_device is not None:
+            for table in self._tables:
+                unit = gcd(table.unit, pages.unit)
+                self._launch(table, layers, move.slots, pages.on_device, unit, to_arena=to_arena)
             return
-        word = gcd(self._word, host.ctypes.data, int(np.gcd.reduce(page_starts)))
-        on_device = self._method(to_arena) == "kernel"
-        page_words = _upload(page_starts // word, self.pool.device) if on_device else None
-        for segment in segments:
-            layer, part = divmod(segment, len(self.layout.parts))
-            rows = self.pool.rows[layer][part]
-            offset = self.layout.part_offset(layer, part)
-            if page_words is not None:
-                address = host.ctypes.data + offset
-                self._launch(rows, address, move.slots, page_words, word, to_arena=to_arena)
-            else:
-                self._copy_runs(rows, host, move, page_starts + offset, to_arena=to_arena)
+        for layer in layers:
+            for part, rows in enumerate(self.pool.rows[layer]):
+                starts = pages.starts + self.layout.part_offset(layer, part)
+                self._copy_runs(rows, pages.host, move, starts, to_arena=to_arena)
 
     def _launch(
         self,
-        rows: torch.Tensor,
-        address: int,
+        table: BufferTable,
+        layers: range,
         slots: torch.Tensor,
-        page_words: torch.Tensor,
-        word: int,
+        pages: torch.Tensor,
+        unit: int,
         *,
         to_arena: bool,
     ) -> None:
         from smg_sglang.transfer.triton_rows import move_rows
 
         move_rows(
-            rows,
-            address,
+            table.of(layers),
             slots,
-            page_words,
+            pages,
+            row_bytes=table.row_bytes,
             page_size=self.layout.page_size,
-            word=word,
+            unit=unit,
             programs=self._programs,
             to_arena=to_arena,
         )
@@ -299,11 +305,6 @@ def _runs(slots: np.ndarray, page_size: int) -> Iterator[tuple[int, int, int, in
     lengths = np.diff(heads, append=len(slots))
     for head, length in zip(heads.tolist(), lengths.tolist(), strict=True):
         yield int(slots[head]), length, head // page_size, head % page_size
-
-
-def _upload(offsets: np.ndarray, device: torch.device) -> torch.Tensor:
-    """To the device without the CPU waiting (a pageable source would make it wait)."""
-    return torch.from_numpy(offsets).pin_memory().to(device, non_blocking=True)
 
 
 def _copy_blocks(

@@ -30,10 +30,10 @@ class LoadBatch:
         self.keep_alive: object = None
         self.unwanted = False
 
-    def land(self, mark: Mark) -> None:
-        """The next layer has been copied, or will have been when ``mark`` is reached."""
+    def land(self, mark: Mark, layers: int = 1) -> None:
+        """The next layers have been copied, or will have been when ``mark`` is reached."""
         with self._changed:
-            self._marks.append(mark)
+            self._marks.extend([mark] * layers)
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:

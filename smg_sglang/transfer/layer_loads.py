@@ -59,7 +59,8 @@ class LayerLoads:
     def __init__(
         self, mover: Mover, before_copy: BeforeCopy | None = None, *, paced: bool = False
     ) -> None:
-        """``before_copy``: test hook, called on the loader thread before each layer's copy."""
+        """``before_copy``: test hook, called on the loader thread before each layer's copy,
+        or that of a group of layers (`Mover.load_groups`)."""
         self.counter = LayerCounter(mover.layout.num_layers)
         self.counters = LoadCounters()
         self._mover = mover
@@ -157,10 +158,10 @@ class LayerLoads:
         started = time.perf_counter()
         try:
             with self._mover.loading(task.moves, task.after) as moves:
-                for layer in range(self.counter.num_layers):
-                    self._load_layer(layer, moves)
+                for layers in self._mover.load_groups(moves):
+                    self._load_layers(layers, moves)
                     mark = self._mover.mark()
-                    task.batch.land(mark)
+                    task.batch.land(mark, len(layers))
                 if self._paced:
                     mark.synchronize()
         except BaseException as error:
@@ -174,8 +175,8 @@ class LayerLoads:
         self.counters.bytes += pages * self._mover.layout.page_bytes
         self.counters.seconds += time.perf_counter() - started
 
-    def _load_layer(self, layer: int, moves: Sequence[PageMove]) -> None:
+    def _load_layers(self, layers: range, moves: Sequence[PageMove]) -> None:
         if self._before_copy is not None:
             self._before_copy()
         for move in moves:
-            self._mover.load_layer(layer, move)
+            self._mover.load_layers(layers, move)

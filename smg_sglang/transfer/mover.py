@@ -133,8 +133,14 @@ class Mover(ABC):
         """
 
     @abstractmethod
-    def load_layer(self, layer: int, move: PageMove) -> None:
-        """Copy one layer of the pages into the slots: done (CPU) or enqueued (CUDA) on return."""
+    def load_layers(self, layers: range, move: PageMove) -> None:
+        """Copy some layers, one after another, of the pages into the slots: done (CPU) or enqueued
+        (CUDA) on return."""
+
+    def load_groups(self, moves: Sequence[PageMove]) -> list[range]:
+        """All layers, in order, in groups that are loaded at once. A layer each, unless it takes
+        less time to enqueue several together (CUDA by the kernel)."""
+        return [range(layer, layer + 1) for layer in range(self.layout.num_layers)]
 
     def fence(self) -> list[Mark]:
         """What copies started now must come after. Called on the scheduler thread."""
@@ -143,15 +149,15 @@ class Mover(ABC):
     def loading(
         self, moves: Sequence[PageMove], after: Sequence[Mark]
     ) -> AbstractContextManager[Sequence[PageMove]]:
-        """Context in which one batch is loaded; it gives the moves to pass to `load_layer`."""
+        """Context in which one batch is loaded; it gives the moves to pass to `load_layers`."""
         return nullcontext(moves)
 
     def mark(self) -> Mark:
-        """The point after everything `load_layer` was asked for so far in this context."""
+        """The point after all that was asked for so far in this context."""
         return REACHED
 
     def enqueues(self, moves: Sequence[PageMove]) -> bool:
-        """Whether `load_layer` of these only enqueues, so that no other thread is needed."""
+        """Whether loading these only enqueues, so that no other thread is needed."""
         return False
 
     def pin(self, arena: np.ndarray) -> None:  # noqa: B027 (a CPU needs none)

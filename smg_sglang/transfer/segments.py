@@ -104,7 +104,7 @@ class SegmentRing:
             self._before_copy()
         with self._mover.loading([move], after) as moves:
             for ready in moves:
-                self._mover.load_layer(layer, ready)
+                self._mover.load_layers(range(layer, layer + 1), ready)
             return self._mover.mark()
 
     def views(self, buffer: int, pages: int) -> tuple[torch.Tensor, ...]:

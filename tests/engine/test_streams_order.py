@@ -43,7 +43,7 @@ class Reporting(CudaMover):
     #: What a slot is in this mover's pool.
     place = "slot"
 
-    def _move(self, segments, move, host, page_starts, *, to_arena):
+    def _move(self, layers, move, pages, *, to_arena):
         of_slots, of_pages = self.cuda.write, self.cuda.read
         if to_arena:
             of_slots, of_pages = of_pages, of_slots
@@ -51,7 +51,7 @@ class Reporting(CudaMover):
             of_slots((self.place, slot))
         for offset in move.offsets.tolist():
             of_pages(("page", move.arena.ctypes.data, offset))
-        super()._move(segments, move, host, page_starts, to_arena=to_arena)
+        super()._move(layers, move, pages, to_arena=to_arena)
 
 
 class Server:

@@ -58,10 +58,7 @@ def test_both_methods_copy_the_same_bytes_in_both_directions(pool, make_mover):
         mover.spill(move)
         spilled[method] = worlds.pages_in(pool, arena, offsets)
         worlds.clear(pool)
-        with mover.loading([move], mover.fence()) as moves:
-            for layer in range(pool.layout.num_layers):
-                mover.load_layer(layer, moves[0])
-            mover.mark().synchronize()
+        worlds.load(mover, move)
         loaded[method] = worlds.gathered(pool, slots)
     np.testing.assert_array_equal(spilled["kernel"], spilled["copies"])
     for one, other, want in zip(loaded["kernel"], loaded["copies"], before, strict=True):

@@ -1,5 +1,6 @@
 """Copies on a real CUDA device: bytes, order between streams, pinning. Skipped without one."""
 
+import mmap
 import os
 
 import numpy as np
@@ -99,6 +100,33 @@ def test_pages_come_back_byte_for_byte(make_world, method, pinned, shape):
     assert loads.finish(loads.start())
     assert same(world.pool, world.slots, want)
     loads.close()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_pages_of_any_shape_at_any_alignment_come_back(seed):
+    pool, slots, back_to, like, offsets = worlds.random_world(seed, "cuda")
+    arena = np.frombuffer(mmap.mmap(-1, len(like)), np.uint8)  # shares no page with anything
+    mover = CudaMover(pool, ring_bytes=1 << 20)
+    mover.pin(arena)
+    assert mover.wait_pinned(arena)
+    worlds.round_trip(pool, mover, slots, back_to, arena, offsets)
+    mover.close()
+
+
+def test_nothing_is_compiled_after_a_mover_is_made(make_world):
+    from smg_sglang.transfer.triton_rows import _move_tiles
+
+    world = make_world()
+    kernels, *_ = _move_tiles.device_caches[torch.cuda.current_device()]
+    made = len(kernels)
+    assert made >= 2  # one for each direction
+    size = world.pool.layout.page_size
+    for pages in (1, 2, 15, 64):
+        slots = world.slots[: pages * size]
+        move = world.mover.prepare(slots, world.arena, world.offsets[:pages])
+        world.mover.spill(move)
+        worlds.load(world.mover, move)
+    assert len(kernels) == made
 
 
 @pytest.mark.parametrize("method", ["kernel", "copies"])

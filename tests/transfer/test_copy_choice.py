@@ -83,7 +83,8 @@ def pool():
 
 @pytest.fixture
 def let_copies_take(cuda, monkeypatch):
-    """Give each copy of a part of a layer its milliseconds: (to the device, to the arena)."""
+    """Give each launch, and the copies of each part of a layer, their milliseconds: (to the device,
+    to the arena)."""
 
     def let(*, kernel, copies):
         monkeypatch.setattr(CudaMover, "_launch", slowed(CudaMover._launch, kernel))
@@ -102,13 +103,9 @@ def let_copies_take(cuda, monkeypatch):
 def test_figures_are_bytes_by_the_devices_time(cuda, pool, let_copies_take):
     let_copies_take(kernel=(2, 4), copies=(8, 1))
     load, spill = measure(pool)
-    megabytes_of_a_part = num_pages(pool.layout) * pool.layout.layer_bytes / 2 / 1e6
-    assert (load.kernel, load.copies) == pytest.approx(
-        (megabytes_of_a_part / 2, megabytes_of_a_part / 8)
-    )
-    assert (spill.kernel, spill.copies) == pytest.approx(
-        (megabytes_of_a_part / 4, megabytes_of_a_part)
-    )
+    megabytes, parts = num_pages(pool.layout) * pool.layout.layer_bytes / 1e6, 2
+    assert (load.kernel, load.copies) == pytest.approx((megabytes / 2, megabytes / 8 / parts))
+    assert (spill.kernel, spill.copies) == pytest.approx((megabytes / 4, megabytes / 1 / parts))
 
 
 def test_the_faster_one_is_chosen_and_said_in_one_line(cuda, pool, let_copies_take, caplog):
@@ -136,8 +133,8 @@ def test_no_round_begins_when_the_time_is_up(cuda, pool, let_copies_take, monkey
     monkeypatch.setattr(copy_measure, "BUDGET_S", -1)
     cuda.ms = 0
     measure(pool)
-    compiled, parts, methods, directions, rounds = 2 * 2, 2, 2, 2, 2
-    assert cuda.ms == compiled + parts * methods * directions * rounds
+    compiled, launch, copies_of_parts, directions, rounds = 2, 1, 2, 2, 2
+    assert cuda.ms == compiled + (launch + copies_of_parts) * directions * rounds
 
 
 def test_where_the_driver_locks_no_memory_the_default_stays(cuda, pool, caplog):
@@ -186,14 +183,11 @@ def test_a_mover_may_load_by_one_method_and_spill_by_the_other(cuda, pool, let_c
     cuda.ms = 0
     move = mover.prepare(slots, arena, offsets)
     mover.spill(move)
-    assert cuda.ms == 10 * 6
+    assert cuda.ms == 10
     before = worlds.gathered(pool, slots)
     worlds.clear(pool)
-    with mover.loading([move], mover.fence()) as moves:
-        for layer in range(3):
-            mover.load_layer(layer, moves[0])
-        mover.mark().synchronize()
-    assert cuda.ms == 10 * 6 + 100 * 6
+    worlds.load(mover, move)
+    assert cuda.ms == 10 + 100 * 6
     for have, want in zip(worlds.gathered(pool, slots), before, strict=True):
         np.testing.assert_array_equal(have, want)
     assert not mover.enqueues([move])

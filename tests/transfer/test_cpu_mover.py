@@ -20,30 +20,6 @@ def make_cpu_mover(pool, kernel):
     return CpuMover(pool, compiled=kernel == "compiled")
 
 
-def round_trip(pool, mover, slots, back_to, arena, offsets):  # noqa: PLR0917
-    """Spill ``slots``, compare with the twin, load into ``back_to``, compare with before."""
-    before = worlds.gathered(pool, slots)
-    untouched = arena.copy()
-    mover.spill(mover.prepare(slots, arena, offsets))
-    pages = worlds.pages_in(pool, arena, offsets)
-    np.testing.assert_array_equal(pages, worlds.expected_pages(pool, slots))
-    for offset in offsets.tolist():
-        untouched[offset : offset + pool.layout.page_bytes] = 0
-        arena[offset : offset + pool.layout.page_bytes] = 0
-    np.testing.assert_array_equal(arena, untouched)
-    for offset, page in zip(offsets.tolist(), pages, strict=True):
-        arena[offset : offset + pool.layout.page_bytes] = page
-    worlds.clear(pool)
-    move = mover.prepare(back_to, arena, offsets)
-    for layer in range(pool.layout.num_layers):
-        mover.load_layer(layer, move)
-    for have, want in zip(worlds.gathered(pool, back_to), before, strict=True):
-        np.testing.assert_array_equal(have, want)
-    # Nothing but the target slots was written.
-    others = np.setdiff1d(np.arange(pool.num_slots), back_to.numpy())
-    assert not any(rows.any() for rows in worlds.gathered(pool, torch.from_numpy(others)))
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("page_size", [1, 16, 64, 128])
 @pytest.mark.parametrize(
@@ -60,7 +36,7 @@ def test_pages_come_back_byte_for_byte(kernel, page_size, shape):
     pool = worlds.make_pool(**shape, layers=2, slots=6 * page_size, page_size=page_size)
     arena, offsets = worlds.make_arena(pool, 3)
     slots = worlds.page_slots(pool, 3, seed=3)
-    round_trip(
+    worlds.round_trip(
         pool, make_cpu_mover(pool, kernel), slots, worlds.page_slots(pool, 3), arena, offsets
     )
 
@@ -81,7 +57,7 @@ def test_every_dtype_comes_back_byte_for_byte(kernel, dtype):
     pool = worlds.make_pool(dtype=dtype)
     arena, offsets = worlds.make_arena(pool, 5)
     slots = worlds.page_slots(pool, 5, seed=3)
-    round_trip(
+    worlds.round_trip(
         pool, make_cpu_mover(pool, kernel), slots, worlds.page_slots(pool, 5), arena, offsets
     )
 
@@ -112,7 +88,7 @@ def test_any_shape_at_any_offset_comes_back(  # noqa: PLR0917
     arena, offsets = worlds.make_arena(pool, pages, gap=gap, start=start, seed=seed)
     slots = worlds.page_slots(pool, pages, seed=seed, scattered=scattered)
     back_to = worlds.page_slots(pool, pages, seed=seed + 1, scattered=not scattered)
-    round_trip(pool, make_cpu_mover(pool, kernel), slots, back_to, arena, offsets)
+    worlds.round_trip(pool, make_cpu_mover(pool, kernel), slots, back_to, arena, offsets)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -122,7 +98,7 @@ def test_nothing_to_copy_is_fine(kernel):
     arena, _ = worlds.make_arena(pool, 1)
     move = mover.prepare(torch.empty(0, dtype=torch.int64), arena, np.empty(0, np.int64))
     mover.spill(move)
-    mover.load_layer(0, move)
+    mover.load_layers(range(1), move)
 
 
 def test_what_lies_outside_its_memory_is_refused():
@@ -173,7 +149,7 @@ def test_copies_are_right_while_the_kernels_are_still_compiled(monkeypatch):
     monkeypatch.setattr(kernels, "_compiled", None)
     arena, offsets = worlds.make_arena(pool, 5)
     slots = worlds.page_slots(pool, 5, seed=3)
-    round_trip(pool, mover, slots, worlds.page_slots(pool, 5), arena, offsets)
+    worlds.round_trip(pool, mover, slots, worlds.page_slots(pool, 5), arena, offsets)
 
 
 def test_without_numba_there_are_no_kernels_and_copies_go_on(monkeypatch):

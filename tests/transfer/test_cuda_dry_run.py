@@ -4,6 +4,7 @@ Shows that the right bytes are asked for; ordering on a device is for tests/gpu.
 """
 
 import importlib
+import re
 import sys
 from contextlib import nullcontext
 
@@ -81,19 +82,9 @@ def test_pages_come_back_byte_for_byte(driver, method, shape, pinned, scattered)
         assert mover.wait_pinned(arena)
     slots = worlds.page_slots(pool, 7, scattered=scattered)
     back_to = worlds.page_slots(pool, 7, seed=5, scattered=scattered)
-    before = worlds.gathered(pool, slots)
     move = mover.prepare(slots, arena, offsets)
     assert mover.enqueues([move]) is (pinned and method == "kernel")
-    mover.spill(move, mover.fence())
-    pages = worlds.pages_in(pool, arena, offsets)
-    np.testing.assert_array_equal(pages, worlds.expected_pages(pool, slots))
-    worlds.clear(pool)
-    with mover.loading([mover.prepare(back_to, arena, offsets)], mover.fence()) as moves:
-        for layer in range(2):
-            mover.load_layer(layer, moves[0])
-        mover.mark().synchronize()
-    for have, want in zip(worlds.gathered(pool, back_to), before, strict=True):
-        np.testing.assert_array_equal(have, want)
+    worlds.round_trip(pool, mover, slots, back_to, arena, offsets)
     mover.close()
     assert not driver.registered
 
@@ -136,21 +127,70 @@ def test_batches_that_only_enqueue_need_no_thread_but_never_overtake_one(driver)
 
 
 @pytest.mark.parametrize("to_arena", [True, False])
-@pytest.mark.parametrize("word", ["*i64", "*u8"])
-def test_the_kernel_compiles_for_hopper_without_a_gpu(word, to_arena):
+@pytest.mark.parametrize(
+    ("unit", "row_words", "access"),
+    [(16, 256, "v2.b64"), (16, 144, "v2.b64"), (8, 25, "b64"), (1, 15, "b8")],
+)
+def test_the_kernel_compiles_for_hopper_without_a_gpu(unit, row_words, access, to_arena):
+    """To accesses as wide as addresses allow, on both sides."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from smg_sglang.transfer.triton_rows import _move_tiles
+    from smg_sglang.transfer.triton_rows import TILE_WORDS, WORDS, _move_tiles
 
-    names = ["rows", "address", "slots", "page_words", "num_tokens", "row_words"]
-    constants = ["page_size", "tokens_per_tile", "words_per_tile", "to_arena"]
-    signature = dict(zip(names, [word, "i64", "*i64", "*i64", "i32", "i32"], strict=True))
+    width = triton.next_power_of_2(row_words)
+    numbers = {"table": "*i64", "slots": "*i64", "pages": "*i64", "num_rows": "i32", "num_tokens": "i32"}  # fmt: skip
+    constants = {
+        "word": WORDS[unit], "unit": unit, "row_words": row_words, "page_size": 16,
+        "rows_per_tile": TILE_WORDS // width, "words_per_tile": width, "to_arena": to_arena,
+    }  # fmt: skip
     source = ASTSource(
         fn=_move_tiles,
-        signature=signature | dict.fromkeys(constants, "constexpr"),
-        constexprs={(6 + i,): value for i, value in enumerate([16, 8, 256, to_arena])},
+        signature=numbers | dict.fromkeys(constants, "constexpr"),
+        constexprs={(len(numbers) + i,): value for i, value in enumerate(constants.values())},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
     assert "cubin" in compiled.asm
+    accesses = set(re.findall(r"(ld|st)\.global\.([\w.]+)", compiled.asm["ptx"]))
+    # Numbers of slots and pages are read one by one.
+    assert accesses == {("ld", "b64"), ("ld", access), ("st", access)}
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Kernels are compiled for a device that is not there, and not launched."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    class Hopper:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
+
+
+@pytest.mark.parametrize("to_arena", [True, False])
+def test_one_compilation_serves_all_numbers_and_places(hopper, monkeypatch, to_arena):
+    """Or a kernel would be compiled while a request waits."""
+    from smg_sglang.transfer import triton_rows
+
+    kernel = triton_rows._move_tiles
+    monkeypatch.setattr(
+        kernel, "run", lambda *args, warmup, run=kernel.run, **more: run(*args, warmup=True, **more)
+    )
+    kernel.device_caches.clear()
+    table, numbers = torch.zeros(64, 2, dtype=torch.int64), torch.zeros(2000, dtype=torch.int64)
+    for pages, first in [(0, 0), (1, 0), (1, 1), (2, 3), (16, 0), (1984, 5)]:
+        triton_rows.move_rows(
+            table[first:],
+            numbers[first : first + pages],
+            numbers[first : first + pages],
+            row_bytes=2048,
+            page_size=1,
+            unit=16,
+            programs=16,
+            to_arena=to_arena,
+        )
+    compiled, *_ = kernel.device_caches[0]
+    assert len(compiled) == 1

@@ -21,12 +21,12 @@ class Reported(CudaMover):
 
     cuda: FakeCuda
 
-    def load_layer(self, layer, move):
+    def load_layers(self, layers, move):
         for offset in move.offsets.tolist():
             self.cuda.read(("page", offset))
         first = int(move.slots[0]) // (SEGMENT_PAGES * self.layout.page_size)
         self.cuda.write(("buffer", first))
-        super().load_layer(layer, move)
+        super().load_layers(layers, move)
 
 
 class World:
@@ -148,10 +148,10 @@ def test_a_page_that_was_spilled_is_read_after_the_spill_and_its_slots_are_free(
     slots = worlds.page_slots(pool, 2)
 
     class Spills(Reported):
-        def _move(self, segments, move, host, page_starts, *, to_arena):
+        def _move(self, layers, move, pages, *, to_arena):
             (cuda.read if to_arena else cuda.write)("slots")
             (cuda.write if to_arena else cuda.read)("pages")
-            super()._move(segments, move, host, page_starts, to_arena=to_arena)
+            super()._move(layers, move, pages, to_arena=to_arena)
 
     Spills.cuda = cuda
     mover = Spills(pool, order_after=[forward], programs=2)
@@ -175,9 +175,10 @@ def test_slots_are_loaded_after_the_pass_before_and_read_after_their_load(cuda, 
     forward, scheduler = cuda.stream("forward"), cuda.stream("scheduler")
 
     class Loads(CudaMover):
-        def load_layer(self, layer, move):
-            cuda.write(("slots", layer))
-            super().load_layer(layer, move)
+        def load_layers(self, layers, move):
+            for layer in layers:
+                cuda.write(("slots", layer))
+            super().load_layers(layers, move)
 
         def enqueues(self, moves):
             return not in_thread and super().enqueues(moves)

@@ -71,3 +71,54 @@ def clear(pool):
 def gathered(pool, slots):
     """All bytes of the slots, one array per layer and part."""
     return [rows[slots].cpu().numpy().copy() for layer in pool.rows for rows in layer]
+
+
+def round_trip(pool, mover, slots, back_to, arena, offsets):  # noqa: PLR0917
+    """Spill ``slots``, compare with the twin, load into ``back_to``, compare with before."""
+    before = gathered(pool, slots)
+    untouched = arena.copy()
+    mover.spill(mover.prepare(slots, arena, offsets))
+    pages = pages_in(pool, arena, offsets)
+    np.testing.assert_array_equal(pages, expected_pages(pool, slots))
+    for offset in offsets.tolist():
+        untouched[offset : offset + pool.layout.page_bytes] = 0
+        arena[offset : offset + pool.layout.page_bytes] = 0
+    np.testing.assert_array_equal(arena, untouched)
+    for offset, page in zip(offsets.tolist(), pages, strict=True):
+        arena[offset : offset + pool.layout.page_bytes] = page
+    clear(pool)
+    load(mover, mover.prepare(back_to, arena, offsets))
+    for have, want in zip(gathered(pool, back_to), before, strict=True):
+        np.testing.assert_array_equal(have, want)
+    # Nothing but the target slots was written.
+    others = np.setdiff1d(np.arange(pool.num_slots), back_to.cpu().numpy())
+    assert not any(rows.any() for rows in gathered(pool, torch.from_numpy(others)))
+
+
+def load(mover, move):
+    """All layers, as `LayerLoads` does it."""
+    with mover.loading([move], mover.fence()) as moves:
+        for layers in mover.load_groups(moves):
+            mover.load_layers(layers, moves[0])
+        mover.mark().synchronize()
+
+
+def random_world(seed, device="cpu"):
+    """(pool, slots, slots to load into, arena, offsets) of any shape, at any alignment."""
+    rng = np.random.default_rng(seed)
+    page_size = int(rng.choice([1, 2, 3, 16, 64, 128]))
+    pages = int(rng.integers(1, 3 + 24 // page_size))
+    dims = rng.choice([[8, 8], [8, 24], [16, 16], [64, 64], [5, 5], [5, 3], [1, 9], [72, 32]])
+    pool = make_pool(
+        rng.choice(["mha", "mla"]), heads=int(rng.integers(1, 4)), dim=int(dims[0]),
+        v_dim=int(dims[1]), layers=int(rng.integers(1, 5)), page_size=page_size,
+        slots=(2 * pages + 1) * page_size, device=device, seed=seed,
+        dtype=[torch.uint8, torch.bfloat16, torch.float32][rng.integers(3)],
+    )  # fmt: skip
+    gap, start = (int(rng.choice([0, 0, 16, 7, 2])) for _ in range(2))
+    arena, offsets = make_arena(pool, pages, gap=gap, start=start, seed=seed)
+    slots, back_to = (
+        page_slots(pool, pages, seed=seed + again, scattered=bool(rng.integers(2))).to(device)
+        for again in range(2)
+    )
+    return pool, slots, back_to, arena, offsets
