@@ -99,7 +99,8 @@ class Channel:
         try:
             self._admit()
             self._send_outbox()
-            self._socket.send(data)
+            # Without a peer ZMQ would wait for one, and there will be none.
+            self._socket.send(data, zmq.DONTWAIT)
             reply = self._await(question.id, deadline, timeout_s)
         except zmq.ZMQError as error:
             self._dead = True
