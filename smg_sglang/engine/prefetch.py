@@ -60,6 +60,7 @@ class _Waiting:
         tokens: of its prompt, as many whole pages as may be found in a cache.
         path: their page keys; empty before they are needed.
         head: tokens of it that the device had when it was last looked at, or has got since.
+        node: the tree's node that these end at.
         loaded: tokens of these that were loaded for it.
         under_way: pieces of it that have not landed.
         done: nothing more can be loaded for it.
@@ -71,6 +72,7 @@ class _Waiting:
     priority: int
     path: bytes = b""
     head: int = 0
+    node: Any = None
     loaded: int = 0
     under_way: int = 0
     done: bool = False
@@ -191,8 +193,12 @@ class Prefetch:
             tokens[:end], req.extra_key, req.cache_salt, req.priority or 0, done=done
         )
         if not done:
-            waiting.head = self._match(waiting, end).device_prefix_len
+            self._look_at(waiting)
         return waiting
+
+    def _look_at(self, waiting: _Waiting) -> None:
+        match = self._match(waiting, len(waiting.tokens))
+        waiting.head, waiting.node = match.device_prefix_len, match.last_device_node
 
     def _start(self, waiting: _Waiting) -> bool:
         """Load what host memory has next of a request; False where no other should be tried."""
@@ -201,8 +207,7 @@ class Prefetch:
                 waiting.key(len(waiting.tokens)), None, page_size=self._page
             )
             waiting.path = keys_from_hex(hexes)
-        match = self._match(waiting, len(waiting.tokens))
-        waiting.head = match.device_prefix_len
+        self._look_at(waiting)
         begin = waiting.head // self._page
         wanted = len(waiting.path) // KEY_BYTES - begin
         if wanted < 1:
@@ -218,7 +223,7 @@ class Prefetch:
         if lease is None:
             waiting.done = self._tier.answers
             return waiting.done
-        slots = self._allocate(len(lease.pages) * self._page, match.last_device_node)
+        slots = self._allocate(len(lease.pages) * self._page, waiting.node)
         if slots is None:
             self._tier.release(lease)
             return False
@@ -258,7 +263,7 @@ class Prefetch:
         """Tokens that may be loaded now. What the device has of requests that wait is not evicted
         for others that wait."""
         free = self._cache.token_to_kv_pool_allocator.available_size()
-        kept = sum(waiting.head for waiting in self._waiting.values())
+        kept = sum({waiting.node: waiting.head for waiting in self._waiting.values()}.values())
         loaded = sum(waiting.loaded for waiting in self._waiting.values())
         room = free + self._cache.tree_evictable_size() - kept - self._share(MIN_ROOM)
         room = min(room, self._share(MAX_AHEAD) - loaded - self.tokens_under_way)
@@ -312,7 +317,7 @@ class Prefetch:
         values = torch.cat([head, piece.slots])
         # What others have put there meanwhile stays, and our slots for it are freed. inserted_len:
         # nobody has used it yet, and host memory has it, so there is nothing to spill.
-        self._cache.insert(
+        result = self._cache.insert(
             InsertParams(
                 key=waiting.key(len(values)),
                 value=values,
@@ -321,7 +326,7 @@ class Prefetch:
                 priority=waiting.priority,
             )
         )
-        waiting.head = len(values)
+        waiting.head, waiting.node = len(values), result.last_device_node
         waiting.loaded += piece.slots.numel()
         self._tier.counters.prefetched_tokens += piece.slots.numel()
         return True
