@@ -10,17 +10,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
     ExternalCacheHitMarker,
     UnifiedCacheLinker,
     UnifiedCacheLinkerWrapper,
 )
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
-from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from smg_sglang.config import WritePolicy
 from smg_sglang.engine.linker import SmgLinker
+from smg_sglang.engine.paths import page_path
 from smg_sglang.engine.prefetch import Prefetch
 from smg_sglang.engine.stream import Stream
 from smg_sglang.engine.streams import Streams, activate
@@ -126,8 +125,7 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
         if known < page or req.skip_radix_cache_insert:
             return
         tokens = req.full_untruncated_fill_ids[: known // page * page]
-        key = RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt)
-        path = keys_from_hex(get_storage_hash_str(key, None, page_size=page))
+        path, _ = page_path(req, tokens, page)
         row = self.cache.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : len(tokens)]
         self.tier.spill_now(path, row.to(torch.int64))
 

@@ -123,7 +123,7 @@ class HostTier:
         self.layout, self.device, self.before_copy = pool.layout, pool.device, before_copy
         self.pages = HostPages(
             self._connection,
-            self._release_held,
+            self.release,
             self._mover,
             timeout_s=self._timeout_s,
             before_copy=before_copy,
@@ -234,10 +234,12 @@ class HostTier:
         self._found.forget(rid)
 
     def release(self, lease: Lease) -> None:
-        """End a lease that the caller holds."""
-        connection = self._links.lookups.connection()
-        if connection is not None:
-            connection.release(lease)
+        """End a lease that the caller holds. A request that attends host memory may hold it longer
+        than the weights stay: then it is a former connection's."""
+        for links in (self._links, *self._retired):
+            connection = links.lookups.connection()
+            if connection is not None:
+                connection.release(lease)
 
     # ---- load back: host pages into device slots ----
 
@@ -388,13 +390,6 @@ class HostTier:
         for index in list(self._started):
             self.finish_loads(index)
         self._spills.drain()
-
-    def _release_held(self, lease: Lease) -> None:
-        """A page that a request attended in host memory: its lease may be a former connection's."""
-        for links in (self._links, *self._retired):
-            connection = links.lookups.connection()
-            if connection is not None:
-                connection.release(lease)
 
     def _close_retired(self) -> None:
         if not self.pages.num_held:

@@ -18,16 +18,16 @@ import logging
 from array import array
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
-from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from smg_sglang.config import WritePolicy
-from smg_sglang.tree.page_keys import KEY_BYTES, keys_from_hex
+from smg_sglang.engine.paths import page_path, whole_pages
+from smg_sglang.tree.page_keys import KEY_BYTES
 
 if TYPE_CHECKING:
     from smg_sglang.engine.cache import SmgRadixCache
@@ -104,7 +104,6 @@ class _Piece:
     begin: int
     slots: torch.Tensor
     index: int
-    is_last: bool
 
 
 class Prefetch:
@@ -181,7 +180,7 @@ class Prefetch:
 
     def _new(self, req: Any) -> _Waiting:
         tokens = req.origin_input_ids + req.output_ids
-        end = max(0, req._compute_max_prefix_len(len(tokens))) // self._page * self._page
+        end = whole_pages(req, len(tokens), self._page)
         streams = self._cache.streams
         unfit = (
             req.positional_embed_overrides is not None
@@ -203,10 +202,7 @@ class Prefetch:
     def _start(self, waiting: _Waiting) -> bool:
         """Load what host memory has next of a request; False where no other should be tried."""
         if not waiting.path:
-            hexes = get_storage_hash_str(
-                waiting.key(len(waiting.tokens)), None, page_size=self._page
-            )
-            waiting.path = keys_from_hex(hexes)
+            waiting.path, _ = page_path(waiting, waiting.tokens, self._page)
         self._look_at(waiting)
         begin = waiting.head // self._page
         wanted = len(waiting.path) // KEY_BYTES - begin
@@ -246,11 +242,8 @@ class Prefetch:
                 self._free(slots[first:])
                 if first == 0:
                     self._tier.release(lease)
-                elif self._pieces:
-                    self._pieces[-1] = replace(self._pieces[-1], is_last=True)
                 return
-            is_last = first + size >= slots.numel()
-            self._pieces.append(_Piece(load, begin + first, mine, self._loads.start(), is_last))
+            self._pieces.append(_Piece(load, begin + first, mine, self._loads.start()))
             load.waiting.under_way += 1
 
     def _match(self, waiting: _Waiting, end: int) -> Any:
@@ -295,7 +288,7 @@ class Prefetch:
         load, waiting = piece.load, piece.load.waiting
         landed = self._loads.finish(piece.index)
         waiting.under_way -= 1
-        if piece.is_last:
+        if not waiting.under_way:  # a request has one load at a time
             self._tier.release(load.lease)
         if landed and not load.failed and self._join(piece):
             return

@@ -44,15 +44,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.mem_cache.radix_cache import RadixKey
-from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from smg_sglang.attention.host import HostReader
+from smg_sglang.engine.paths import page_path, whole_pages
 from smg_sglang.engine.stream import Stream
 from smg_sglang.engine.stream_limits import SEGMENT_TOKENS, Limits, new_tokens
 from smg_sglang.errors import MemoryUnavailable
 from smg_sglang.transfer.segments import SegmentRing
-from smg_sglang.tree.page_keys import KEY_BYTES, keys_from_hex
+from smg_sglang.tree.page_keys import KEY_BYTES
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -153,8 +152,7 @@ class Streams:
         What the device's tree has of it is put into host memory first, where that lacks it: a
         stream does not lock the tree, or it would hold the very slots it needs.
         """
-        limit = req._compute_max_prefix_len(len(req.full_untruncated_fill_ids))
-        tokens = max(0, limit) // self.page * self.page
+        tokens = whole_pages(req, len(req.full_untruncated_fill_ids), self.page)
         stream = Stream(self, req, self.host_need(req))
         path, hexes = self._keys(req, 0, tokens, None)
         held = self._pages.find(path)
@@ -283,10 +281,4 @@ class Streams:
 
     def _keys(self, req: Any, begin: int, end: int, parent: str | None) -> tuple[bytes, list[str]]:
         """Page keys of tokens [begin, end), and SGLang's hashes they are made of."""
-        if begin >= end:
-            return b"", []
-        key = RadixKey(
-            req.full_untruncated_fill_ids[begin:end], req.extra_key, cache_salt=req.cache_salt
-        )
-        hexes = get_storage_hash_str(key, parent, page_size=self.page)
-        return keys_from_hex(hexes), hexes
+        return page_path(req, req.full_untruncated_fill_ids[begin:end], self.page, parent)
