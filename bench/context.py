@@ -11,7 +11,7 @@ import asyncio
 import json
 import random
 import sys
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from bench.serving import machine
 from bench.serving.client import Answer, Client
 from bench.serving.setting import choose_model, open_console, shown
 from bench.serving.statistics import compare, spread
-from bench.serving.subjects import start_smg
+from bench.serving.subjects import start_smg, started
 from tools.sglang_server import SglangServer
 
 OUT = Path(__file__).parent / "out"
@@ -140,13 +140,8 @@ def main(arguments: list[str]) -> int:
         "machine": machine.describe(),
         "options": shown(options),
     }
-    with ExitStack() as stack:
-        with console.status("starting two servers"):
-            servers = {name: start(options, name) for name in (POOL, STREAMED)}
-            for server in servers.values():
-                stack.callback(server.stop)
-            for server in servers.values():
-                server.wait_ready()
+    console.print("starting two servers")
+    with started({name: partial(start, options, name) for name in (POOL, STREAMED)}) as servers:
         results |= summarise(measure(console, servers, options), options)
     print_table(console, results, options)
     options.out.parent.mkdir(parents=True, exist_ok=True)

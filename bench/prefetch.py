@@ -14,7 +14,7 @@ import json
 import os
 import random
 import sys
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from bench.serving import machine
 from bench.serving.client import Answer, Client
 from bench.serving.setting import choose_model, open_console, shown
 from bench.serving.statistics import compare, spread
-from bench.serving.subjects import start_smg
+from bench.serving.subjects import start_smg, started
 from tools.sglang_server import SglangServer
 
 OUT = Path(__file__).parent / "out"
@@ -135,13 +135,10 @@ def main(arguments: list[str]) -> int:
     choose_model(options)
     os.environ["SMG_TEST_COPY_DELAY_MS"] = str(options.delay_ms)
     results: dict[str, Any] = {"machine": machine.describe(), "options": shown(options)}
-    with ExitStack() as stack:
-        with console.status("starting two servers"):
-            servers = {name: start(options, name) for name in (AT_ADMISSION, AHEAD)}
-            for server in servers.values():
-                stack.callback(server.stop)
-            for server in servers.values():
-                server.wait_ready()
+    console.print("starting two servers")
+    with started(
+        {name: partial(start, options, name) for name in (AT_ADMISSION, AHEAD)}
+    ) as servers:
         results |= summarise(measure(console, servers, options))
     print_table(console, results, options)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,8 @@ import json
 import random
 import statistics
 import sys
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from rich.table import Table
 from bench.serving import machine
 from bench.serving.client import Answer, Client
 from bench.serving.setting import choose_model, open_console, shown
-from bench.serving.subjects import start_smg
+from bench.serving.subjects import start_smg, started
 from tools.sglang_server import SglangServer
 
 OUT = Path(__file__).parent / "out"
@@ -252,15 +252,10 @@ def main(arguments: list[str]) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     described = machine.describe()
     turns: dict[str, list[Turn]] = {UNSPLIT: [], MIXED: [], SPLIT: []}
-    with ExitStack() as stack:
-        servers = {}
-        for name in turns:
-            servers[name] = start(options, name)
-            stack.callback(servers[name].stop)
-        with console.status("starting the servers"):
-            for server in servers.values():
-                server.wait_ready()
-                asyncio.run(take_turn(server, _warm(options), seed=999))
+    console.print("starting the servers")
+    with started({name: partial(start, options, name) for name in turns}) as servers:
+        for server in servers.values():
+            asyncio.run(take_turn(server, _warm(options), seed=999))
         for number in range(options.turns):
             for name, server in servers.items():
                 with console.status(f"turn {number + 1} of {options.turns}: {name}"):

@@ -39,6 +39,17 @@ def tiny_model_bf16() -> Path:
     return random_llama(Recipe(dtype="bfloat16"))
 
 
+@pytest.fixture
+def cuda(monkeypatch):
+    """A CUDA device that is not there: streams and events with an order, kernels in Triton's
+    interpreter."""
+    from tests.fake_cuda import FakeCuda
+    from tests.interpreter import interpreted
+
+    with interpreted(monkeypatch, "smg_sglang.transfer.triton_rows"):
+        yield FakeCuda().install(monkeypatch)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # SWIG modules of sentencepiece and the like; one comes after pytest's own last line.
     config.addinivalue_line("filterwarnings", "ignore:builtin type:DeprecationWarning")

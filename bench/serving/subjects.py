@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from tools.sglang_server import SglangServer
@@ -59,22 +60,34 @@ def server_env(subject: str) -> dict[str, str]:
 
 
 @contextmanager
+def started(starts: Mapping[str, Callable[[], SglangServer]]) -> Iterator[dict[str, SglangServer]]:
+    """All servers ready at once; idle ones sleep. Stopped at the end of the block."""
+    with ExitStack() as stack:
+        servers = {}
+        for name, start in starts.items():
+            servers[name] = start()
+            stack.callback(servers[name].stop)
+        for server in servers.values():
+            server.wait_ready()
+        yield servers
+
+
+@contextmanager
 def running(
     subjects: list[str], options: Namespace, logs: Path
 ) -> Iterator[dict[str, SglangServer]]:
-    """All servers ready at once; idle ones sleep. Stopped at the end of the block."""
+    """Servers to be compared with each other, by `started`."""
     logs.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        servers = {}
-        for subject in subjects:
-            log = logs / f"{subject}.log"
-            server = SglangServer(
-                options.model_path, server_args(subject, options), server_env(subject), log
-            )
-            stack.callback(server.stop)
-            servers[subject] = server
-        for server in servers.values():
-            server.wait_ready()
+
+    def start(subject: str) -> SglangServer:
+        return SglangServer(
+            options.model_path,
+            server_args(subject, options),
+            server_env(subject),
+            logs / f"{subject}.log",
+        )
+
+    with started({subject: partial(start, subject) for subject in subjects}) as servers:
         yield servers
 
 

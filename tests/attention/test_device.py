@@ -15,6 +15,7 @@ from smg_sglang.attention.flashinfer import Wrappers, one_slot_pages
 from smg_sglang.attention.host import HostRun
 from smg_sglang.attention.partial import PartialState
 from smg_sglang.errors import ConfigError
+from tests.interpreter import interpreted
 
 from . import fake_flashinfer
 from .reference import TOLERANCE, assert_same_state, random_qkv, reference
@@ -183,15 +184,8 @@ def states(count, rows=7, heads=3, dim=40, dtype=torch.bfloat16):
 @pytest.fixture
 def triton_merge(monkeypatch):
     """The kernel in Triton's interpreter."""
-    import importlib
-    import sys
-
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    module = importlib.import_module("smg_sglang.attention.triton_merge")
-    importlib.reload(module)
-    yield module
-    del sys.modules["smg_sglang.attention.triton_merge"]
+    with interpreted(monkeypatch, "smg_sglang.attention.triton_merge") as module:
+        yield module
 
 
 def test_many_merges_round_no_more_than_their_inputs(triton_merge):

@@ -17,16 +17,12 @@ from sglang.srt.mem_cache.base_prefix_cache import (
     InsertParams,
     MatchPrefixParams,
 )
-from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.radix_cache import RadixKey
-from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from smg_sglang.config import WritePolicy
-from smg_sglang.engine.cache import SmgRadixCache
-from smg_sglang.engine.linker import SmgLinker
 from smg_sglang.tree.page_keys import keys_from_hex
 
+from .caches import make_cache
 from .contract import needed_by
 from .test_streams import Table
 
@@ -70,26 +66,9 @@ class World:
     """A `SmgRadixCache` over SGLang's allocator; `tokens` are a request's, `slots` its KV."""
 
     def __init__(self, policy=WritePolicy.WRITE_THROUGH) -> None:
-        from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
-
-        self.allocator = PagedTokenToKVPoolAllocator(
-            1024, PAGE, torch.float32, "cpu", SimpleNamespace(), False
-        )
-        self.cache = SmgRadixCache(
-            CacheInitParams(
-                disable=False,
-                req_to_token_pool=None,
-                token_to_kv_pool_allocator=self.allocator,
-                page_size=PAGE,
-                tree_components=(ComponentType.FULL,),
-            )
-        )
         self.tier = Tier(policy)
-        linker = SmgLinker.__new__(SmgLinker)
-        linker.tier = self.tier
-        linker.layer_done_counter = None
-        linker.pools = {PoolName.KV: SimpleNamespace(device=torch.device("cpu"))}
-        self.cache.init_cache_linker(linker)
+        self.cache = make_cache(1024, PAGE, self.tier)
+        self.allocator = self.cache.token_to_kv_pool_allocator
         self.core = self.cache.tree_core
 
     def insert(self, tokens, extra_key=None, salt=None):
@@ -114,12 +93,7 @@ def hex_path(tokens, extra_key=None, salt=None):
     return get_storage_hash_str(key(tokens, extra_key, salt), None, page_size=PAGE)
 
 
-@pytest.fixture(autouse=True)
-def no_disaggregation(monkeypatch):
-    from sglang.srt.mem_cache import unified_radix_cache
-
-    nothing = SimpleNamespace(disaggregation_mode="null")
-    monkeypatch.setattr(unified_radix_cache, "get_disagg", lambda: nothing)
+pytestmark = pytest.mark.usefixtures("no_disaggregation")
 
 
 A = list(range(100, 164))

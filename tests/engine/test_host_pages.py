@@ -10,14 +10,12 @@ from smg_sglang.errors import MemoryUnavailable
 from tests.engine.test_host_tier import (
     LAYERS,
     PAGE,
+    World,  # noqa: F401  # what `make_world` makes
     leases,
-    make_world,
     path_of,
     slots_at,
     until,
 )
-
-__all__ = ["make_world"]  # a fixture
 
 
 def bytes_of(held, world):

@@ -1,12 +1,9 @@
 """The worker's view of the host tier, on a real memory server and a small CPU pool."""
 
 import random
-import shutil
-import tempfile
 import time
 
 import numpy as np
-import pytest
 import torch
 
 from smg_sglang.config import SmgConfig, WritePolicy
@@ -93,22 +90,6 @@ def path_of(seed, tokens):
 
 def slots_at(first, count):
     return torch.arange(first, first + count, dtype=torch.int64)
-
-
-@pytest.fixture
-def make_world():
-    worlds, directories = [], []
-
-    def make(*args, **kwargs):
-        directories.append(tempfile.mkdtemp(prefix="smg-t-"))
-        worlds.append(World(directories[-1], *args, **kwargs))
-        return worlds[-1]
-
-    yield make
-    for world in worlds:
-        world.close()
-    for directory in directories:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def leases(world):

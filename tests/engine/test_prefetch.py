@@ -1,8 +1,6 @@
 """Loads for requests that wait: a real memory server, SGLang's allocator and Rust tree."""
 
 import random
-import shutil
-import tempfile
 import threading
 import time
 from array import array
@@ -11,19 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
-from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.radix_cache import RadixKey
-from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from smg_sglang.config import SmgConfig, WritePolicy
 from smg_sglang.engine import prefetch
-from smg_sglang.engine.cache import SmgRadixCache
 from smg_sglang.engine.host_tier import HostTier
-from smg_sglang.engine.linker import SmgLinker
 from smg_sglang.memory.namespace import Namespace
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import random_delay
+from tests.engine.caches import make_cache
 from tests.memory.conftest import RunningServer
 
 PAGE, LAYERS, SLOTS = 4, 2, 256
@@ -33,8 +27,6 @@ class World:
     """A worker's cache over a pool whose KV is a function of token and position."""
 
     def __init__(self, directory, policy=WritePolicy.WRITE_THROUGH, before_copy=None) -> None:
-        from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
-
         self.server = RunningServer(directory, 4 << 20)
         self.k = [torch.zeros(SLOTS + PAGE, 1, 2) for _ in range(LAYERS)]
         self.v = [torch.zeros(SLOTS + PAGE, 1, 2) for _ in range(LAYERS)]
@@ -52,22 +44,8 @@ class World:
         self.tier = HostTier(config, directory, namespace, pool, before_copy=before_copy)
         assert self.tier._links.lookups.wait(5)
         assert self.tier._links.background.wait(5)
-        self.allocator = PagedTokenToKVPoolAllocator(
-            SLOTS, PAGE, torch.float32, "cpu", SimpleNamespace(), False
-        )
-        self.cache = SmgRadixCache(
-            CacheInitParams(
-                disable=False,
-                req_to_token_pool=None,
-                token_to_kv_pool_allocator=self.allocator,
-                page_size=PAGE,
-                tree_components=(ComponentType.FULL,),
-            )
-        )
-        linker = SmgLinker.__new__(SmgLinker)
-        linker.tier, linker.layer_done_counter = self.tier, None
-        linker.pools = {PoolName.KV: SimpleNamespace(device=torch.device("cpu"))}
-        self.cache.init_cache_linker(linker)
+        self.cache = make_cache(SLOTS, PAGE, self.tier)
+        self.allocator = self.cache.token_to_kv_pool_allocator
         self.held = 0
 
     def close(self):
@@ -156,28 +134,7 @@ def request(rid, tokens, **changes):
     return SimpleNamespace(**fields | changes)
 
 
-@pytest.fixture(autouse=True)
-def no_disaggregation(monkeypatch):
-    from sglang.srt.mem_cache import unified_radix_cache
-
-    nothing = SimpleNamespace(disaggregation_mode="null")
-    monkeypatch.setattr(unified_radix_cache, "get_disagg", lambda: nothing)
-
-
-@pytest.fixture
-def make_world():
-    worlds, directories = [], []
-
-    def make(*args, **kwargs):
-        directories.append(tempfile.mkdtemp(prefix="smg-t-"))
-        worlds.append(World(directories[-1], *args, **kwargs))
-        return worlds[-1]
-
-    yield make
-    for world in worlds:
-        world.close()
-    for directory in directories:
-        shutil.rmtree(directory, ignore_errors=True)
+pytestmark = pytest.mark.usefixtures("no_disaggregation")
 
 
 A = list(range(100, 141))  # ten pages and a token

@@ -7,9 +7,7 @@ table, staging buffers and host pages are what may race.
 
 from __future__ import annotations
 
-import importlib
 import random
-import sys
 
 import pytest
 import torch
@@ -25,15 +23,6 @@ from tests.fake_cuda import FakeCuda
 from tests.transfer import worlds
 
 SEGMENT_PAGES = 3
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    importlib.reload(importlib.import_module("smg_sglang.transfer.triton_rows"))
-    yield FakeCuda().install(monkeypatch)
-    del sys.modules["smg_sglang.transfer.triton_rows"]
 
 
 class Reporting(CudaMover):

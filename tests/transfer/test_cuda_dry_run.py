@@ -3,9 +3,7 @@
 Shows that the right bytes are asked for; ordering on a device is for tests/gpu.
 """
 
-import importlib
 import re
-import sys
 from contextlib import nullcontext
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 import torch
 
 from tests.fake_cuda import Driver
+from tests.interpreter import interpreted
 from tests.transfer import worlds
 
 
@@ -35,8 +34,6 @@ class Nothing:
 @pytest.fixture
 def driver(monkeypatch):
     driver = Driver()
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "Stream", Nothing)
     monkeypatch.setattr(torch.cuda, "Event", Nothing)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
@@ -46,10 +43,8 @@ def driver(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    module = importlib.import_module("smg_sglang.transfer.triton_rows")
-    importlib.reload(module)
-    yield driver
-    del sys.modules["smg_sglang.transfer.triton_rows"]
+    with interpreted(monkeypatch, "smg_sglang.transfer.triton_rows"):
+        yield driver
 
 
 @pytest.fixture(params=["kernel", "copies"])
