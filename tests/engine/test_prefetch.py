@@ -251,7 +251,8 @@ def test_what_follows_a_head_that_has_left_meanwhile_is_given_back(make_world):
     world.compute(A[:20])
     world.spilled()
     world.step(request("r", A))
-    world.cache.evict(EvictParams(num_tokens=SLOTS))
+    assert world.cache.evict(EvictParams(num_tokens=20)).num_tokens_evicted == 20
+    assert world.cache.prefetch.tokens_under_way == 20, "nobody needed its slots"
     world.wait()
     world.step()
     assert world.on_device(A) == 0

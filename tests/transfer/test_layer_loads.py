@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from smg_sglang.transfer import LayerLoads, PageMove, make_mover, random_delay
+from smg_sglang.transfer.mover import Mark
 from tests.transfer import worlds
 
 
@@ -310,3 +311,41 @@ def test_joined_moves_keep_pages_with_their_slots():
     assert [m.slots.tolist() for m in joined] == [[1, 3], [2]]
     assert [m.offsets.tolist() for m in joined] == [[10, 30], [20]]
     assert joined[0].arena is arena
+
+
+class LateMark(Mark):
+    """A copy that was enqueued, and is done when it is `let`."""
+
+    def __init__(self):
+        self.let = threading.Event()
+
+    def synchronize(self):
+        assert self.let.wait(10)
+
+    def reached(self):
+        return self.let.is_set()
+
+
+def test_paced_a_batch_begins_when_the_one_before_has_landed(make_world):
+    """So what has not begun can be given up, also where copies are only enqueued."""
+    world = make_world()
+    late = LateMark()
+    world.mover.mark = lambda: late
+    loads = LayerLoads(world.mover, paced=True)
+    try:
+        indices = []
+        for first in range(3):
+            size = world.pool.layout.page_size
+            slots = world.slots[first * size : (first + 1) * size]
+            loads.queue("r", slots, world.arena, world.offsets[first : first + 1])
+            indices.append(loads.start())
+        while not loads.counter.events[indices[0]].settled:
+            time.sleep(0.001)
+        assert not loads.has_landed(indices[0]), "enqueued is not landed"
+        loads.give_up(indices[1])
+        late.let.set()
+        assert [loads.finish(index) for index in indices] == [True, False, True]
+    finally:
+        late.let.set()
+        loads.close()
+    assert [world.rows_are_back(0, page, page + 1) for page in range(3)] == [True, False, True]
