@@ -10,6 +10,7 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from smg_sglang.engine.cache import SmgRadixCache
 from smg_sglang.engine.linker import SmgLinker
+from smg_sglang.memory.namespace import Namespace
 
 
 def make_cache(slots, page, tier) -> SmgRadixCache:
@@ -30,3 +31,15 @@ def make_cache(slots, page, tier) -> SmgRadixCache:
     linker.pools = {PoolName.KV: SimpleNamespace(device=torch.device("cpu"))}
     cache.init_cache_linker(linker)
     return cache
+
+
+def namespace_of(layout, **more) -> Namespace:
+    """Of a model `m` whose pages look so."""
+    return Namespace(
+        model="m",
+        dtype=layout.dtype,
+        layout=layout.describe(),
+        page_size=layout.page_size,
+        page_bytes=layout.page_bytes,
+        **more,
+    )

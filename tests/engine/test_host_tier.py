@@ -9,12 +9,12 @@ import torch
 from smg_sglang.config import SmgConfig, WritePolicy
 from smg_sglang.engine import host_tier
 from smg_sglang.engine.host_tier import HostTier
-from smg_sglang.memory.namespace import Namespace
 from smg_sglang.transfer.copy_choice import CopyChoice, CopyMethods, CopyRates
 from smg_sglang.transfer.cpu import CpuMover
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import random_delay
 from smg_sglang.tree.page_keys import page_keys
+from tests.engine.caches import namespace_of
 from tests.memory.conftest import RunningServer
 
 PAGE, LAYERS, SLOTS = 4, 3, 256
@@ -29,14 +29,7 @@ class World:
         rows = [torch.zeros(SLOTS, 2, 8) for _ in range(2 * LAYERS)]
         self.k, self.v = rows[:LAYERS], rows[LAYERS:]
         pool = DevicePool.mha(self.k, self.v, PAGE)
-        namespace = Namespace(
-            model="m",
-            dtype=pool.layout.dtype,
-            layout=pool.layout.describe(),
-            page_size=PAGE,
-            page_bytes=pool.layout.page_bytes,
-            tp_size=tp_size,
-        )
+        namespace = namespace_of(pool.layout, tp_size=tp_size)
         config = SmgConfig(
             memory_address=directory,
             write_policy=WritePolicy.WRITE_THROUGH,

@@ -14,10 +14,9 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from smg_sglang.config import SmgConfig, WritePolicy
 from smg_sglang.engine import prefetch
 from smg_sglang.engine.host_tier import HostTier
-from smg_sglang.memory.namespace import Namespace
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import random_delay
-from tests.engine.caches import make_cache
+from tests.engine.caches import make_cache, namespace_of
 from tests.memory.conftest import RunningServer
 
 PAGE, LAYERS, SLOTS = 4, 2, 256
@@ -31,13 +30,7 @@ class World:
         self.k = [torch.zeros(SLOTS + PAGE, 1, 2) for _ in range(LAYERS)]
         self.v = [torch.zeros(SLOTS + PAGE, 1, 2) for _ in range(LAYERS)]
         pool = DevicePool.mha(self.k, self.v, PAGE)
-        namespace = Namespace(
-            model="m",
-            dtype=pool.layout.dtype,
-            layout=pool.layout.describe(),
-            page_size=PAGE,
-            page_bytes=pool.layout.page_bytes,
-        )
+        namespace = namespace_of(pool.layout)
         config = SmgConfig(
             memory_address=directory, write_policy=policy, lookup_timeout_ms=500, prefetch=True
         )
