@@ -18,6 +18,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from smg_sglang.config import WritePolicy
+from smg_sglang.engine import phase_worker
 from smg_sglang.engine.linker import SmgLinker
 from smg_sglang.engine.paths import page_path
 from smg_sglang.engine.prefetch import Prefetch
@@ -149,9 +150,9 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
 
 
 class SmgRadixCache(UnifiedRadixCache):
-    """The device level. `host_tier` is what `/server_info` and weight updates reach for. Where they
-    are switched on, `streams` are the requests whose context is larger than the device, and
-    `prefetch` loads for requests that wait."""
+    """The device level, and what hangs on it: `host_tier`, the level below; where they are switched
+    on, `streams`, the requests whose context is larger than the device, and `prefetch`, which loads
+    for requests that wait."""
 
     streams: Streams | None = None
     prefetch: Prefetch | None = None
@@ -173,6 +174,26 @@ class SmgRadixCache(UnifiedRadixCache):
         if self.prefetch is not None:
             self.prefetch.drop()
         super().reset()
+
+    def internal_state(self) -> dict[str, Any]:
+        """What `/server_info` shows of the cache."""
+        parts = [part for part in (self.host_tier, self.streams, self.prefetch) if part is not None]
+        if not parts:
+            return {}
+        smg = phase_worker.state()
+        for part in parts:
+            smg |= part.state()
+        return {"smg": smg}
+
+    def on_weight_update(self) -> None:
+        """The weights are about to change, perhaps in part. Loads ahead first: they hold leases of
+        the connection that the tier retires."""
+        if self.prefetch is not None:
+            self.prefetch.drop()
+        if self.host_tier is not None:
+            self.host_tier.weights_changed()
+        if self.streams is not None:
+            self.streams.weights_changed()
 
     # ---- requests that wait ----
 

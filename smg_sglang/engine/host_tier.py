@@ -351,6 +351,10 @@ class HostTier:
         """The oldest completion: True when host memory has all of its path."""
         return self._spills.pop_completed()
 
+    def drain_spills(self, timeout_s: float) -> bool:
+        """Wait, so long at most, until all that was submitted has ended. Any thread."""
+        return self._spills.drain(timeout_s)
+
     # ---- lifecycle ----
 
     def flush(self) -> None:

@@ -168,25 +168,15 @@ def _around_send_output(original: Callable[..., Any], *args: Any, **kwargs: Any)
 
 
 def _after_internal_state(result: Any, component: Any, *args: Any) -> None:
-    tier = getattr(component.scheduler.tree_cache, "host_tier", None)
-    if tier is not None:
-        state = tier.state() | phase_worker.state()
-        for part in ("streams", "prefetch"):
-            if (found := getattr(component.scheduler.tree_cache, part, None)) is not None:
-                state |= found.state()
-        result.internal_state["smg"] = state
+    internal_state = getattr(component.scheduler.tree_cache, "internal_state", None)
+    if internal_state is not None:
+        result.internal_state.update(internal_state())
 
 
 def _before_weight_update(component: Any, *args: Any, **kwargs: Any) -> None:
-    tier = getattr(component.scheduler.tree_cache, "host_tier", None)
-    if tier is not None:
-        prefetch = getattr(component.scheduler.tree_cache, "prefetch", None)
-        if prefetch is not None:
-            prefetch.drop()
-        tier.weights_changed()
-        streams = getattr(component.scheduler.tree_cache, "streams", None)
-        if streams is not None:
-            streams.weights_changed()
+    on_weight_update = getattr(component.scheduler.tree_cache, "on_weight_update", None)
+    if on_weight_update is not None:
+        on_weight_update()
 
 
 def _after_new_batch(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:

@@ -293,3 +293,44 @@ def test_a_retracted_request_is_spilled_under_the_keys_it_will_look_for(extra_ke
     assert world.tier.spilled_now == [(keys, slots.tolist()[:kept])]
     world.match(A, extra_key, salt, rid="r")
     assert world.tier.asked[1].startswith(keys)
+
+
+# ---- what SGLang's scheduler asks for or says beside requests ----
+
+
+def with_parts(world, *names):
+    told = []
+
+    def part(name):
+        return SimpleNamespace(
+            state=lambda: {name: 1},
+            drop=lambda: told.append(name),
+            weights_changed=lambda: told.append(name),
+        )
+
+    for name in names:
+        setattr(world.cache, name, part(name))
+    world.tier.state = part("tier").state
+    world.tier.weights_changed = part("tier").weights_changed
+    return told
+
+
+def test_new_weights_are_told_to_loads_ahead_then_to_the_tier_and_to_streams():
+    world = World()
+    told = with_parts(world, "streams", "prefetch")
+    world.cache.on_weight_update()
+    assert told == ["prefetch", "tier", "streams"]
+
+
+@pytest.mark.parametrize("names", [(), ("streams",), ("streams", "prefetch")])
+def test_each_part_there_is_shows_its_state(names):
+    world = World()
+    with_parts(world, *names)
+    assert world.cache.internal_state() == {"smg": dict.fromkeys(("tier", *names), 1)}
+
+
+def test_a_cache_without_a_tier_has_nothing_to_show_and_no_one_to_tell():
+    cache = World().cache
+    cache.linker = None
+    assert cache.internal_state() == {}
+    cache.on_weight_update()

@@ -195,22 +195,6 @@ def test_a_marked_record_gets_our_cache():
     )
 
 
-def test_new_weights_are_told_to_loads_ahead_to_the_tier_and_to_streams():
-    told = []
-    prefetch = SimpleNamespace(drop=lambda: told.append("prefetch"))
-    tier = SimpleNamespace(weights_changed=lambda: told.append("tier"))
-    streams = SimpleNamespace(weights_changed=lambda: told.append("streams"))
-    for cache, heard in [
-        (SimpleNamespace(host_tier=tier, streams=streams), ["tier", "streams"]),
-        (SimpleNamespace(host_tier=tier, streams=None), ["tier"]),
-        # Its pieces hold leases of the connection that the tier retires.
-        (SimpleNamespace(host_tier=tier, prefetch=prefetch), ["prefetch", "tier"]),
-    ]:
-        told.clear()
-        plugin._before_weight_update(SimpleNamespace(scheduler=SimpleNamespace(tree_cache=cache)))
-        assert told == heard
-
-
 def test_killing_another_process_tree_keeps_the_memory_server(monkeypatch):
     retired = []
     monkeypatch.setattr(launch, "_running", [SimpleNamespace(retire=lambda: retired.append(1))])

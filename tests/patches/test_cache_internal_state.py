@@ -24,20 +24,18 @@ def shown(source, monkeypatch, tree_cache, change_class=lambda cls: None):
     return controller(scheduler, record_step_time=False).get_internal_state(None).internal_state
 
 
-@pytest.mark.parametrize(("tier", "streams"), [(TIER, {"streams": 1}), (TIER, None), (None, None)])
-def test_hook_and_patch_show_the_same(sglangs, monkeypatch, tier, streams):
+@pytest.mark.parametrize("state", [{"smg": TIER}, {}, None], ids=["ours", "empty", "a stock cache"])
+def test_hook_and_patch_show_the_same(sglangs, monkeypatch, state):
     hooks, stock, patched = sglangs
-    ours = SimpleNamespace()
-    if tier is not None:
-        ours.host_tier = SimpleNamespace(state=lambda: tier)
-        ours.streams = streams and SimpleNamespace(state=lambda: streams)
+    base = patched.module("sglang.srt.mem_cache.base_prefix_cache").BasePrefixCache
+    ours = SimpleNamespace() if state is None else SimpleNamespace(internal_state=lambda: state)
+    theirs = (
+        ours
+        if state is not None
+        else SimpleNamespace(internal_state=lambda: base.internal_state(None))
+    )
     hooked = shown(
         stock, monkeypatch, ours, lambda cls: hooks.apply(TARGET, cls, "get_internal_state")
     )
-    base = patched.module("sglang.srt.mem_cache.base_prefix_cache").BasePrefixCache
-    theirs = SimpleNamespace(internal_state=lambda: base.internal_state(None))
-    if tier is not None:
-        state = {"smg": tier | (streams or {})}
-        theirs.internal_state = lambda: state
     assert hooked == shown(patched, monkeypatch, theirs)
-    assert hooked == {"model_path": "m"} | (state if tier else {})
+    assert hooked == {"model_path": "m"} | (state or {})

@@ -64,12 +64,13 @@ class Updates:
         return SimpleNamespace(weight_updater=updater)
 
 
+def with_ear(tell):
+    return SimpleNamespace(on_weight_update=tell)
+
+
 @pytest.fixture
 def hooked(hooks, stock, monkeypatch):
-    def cache(tell):
-        return SimpleNamespace(host_tier=SimpleNamespace(weights_changed=tell))
-
-    updates = Updates(stock, monkeypatch, cache)
+    updates = Updates(stock, monkeypatch, with_ear)
     updates.hooked = [
         name
         for name in vars(updates.manager_class)
@@ -81,7 +82,7 @@ def hooked(hooks, stock, monkeypatch):
 
 @pytest.fixture
 def with_patch(patched, monkeypatch):
-    return Updates(patched, monkeypatch, lambda tell: SimpleNamespace(on_weight_update=tell))
+    return Updates(patched, monkeypatch, with_ear)
 
 
 @pytest.mark.parametrize(
