@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
     """Finds tails in the host level and spills nodes there, always by their path from the root."""
 
-    cache: UnifiedRadixCache
+    cache: SmgRadixCache
     cache_linker: SmgLinker
 
-    def __init__(self, cache: UnifiedRadixCache, cache_linker: SmgLinker) -> None:
+    def __init__(self, cache: SmgRadixCache, cache_linker: SmgLinker) -> None:
         super().__init__(cache, cache_linker)
         self.tier: HostTier = cache_linker.tier
         # How often a node is inserted before the tree core asks for its spill. For write-back it
@@ -51,8 +51,8 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
     def match(self, key: Any, req: Any, result: MatchResult) -> MatchResult:
         """Extend a device match by the host pages that follow it.
 
-        Every rank comes to the same result: with several ranks the hit is reduced by SGLang's own
-        collective, which all of them enter.
+        Every rank comes to the same result, the shortest hit of any: what is found is a prefix, so
+        all of them have it.
         """
         self.hit_markers.pop(req.rid, None)
         tail = self._tail_hashes(key, result, result.device_prefix_len)
@@ -61,7 +61,7 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
             self.tier.touch(req.rid, head)
             return result
         pages = self.tier.find(req.rid, head + keys_from_hex(tail), len(head) // KEY_BYTES)
-        pages = self._agreed(pages, len(tail))
+        (pages,) = self.cache.least_of_ranks(pages)
         if pages == 0:
             return result
         self.hit_markers[req.rid] = ExternalCacheHitMarker(
@@ -71,14 +71,6 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
             last_host_node=result.best_match_node,
             host_hit_length=pages * self.cache.page_size,
         )
-
-    def _agreed(self, pages: int, tail_pages: int) -> int:
-        if self.cache.tp_world_size == 1:
-            return pages
-        agreed: int = self._sync_restorable_prefix(
-            list(range(1, pages + 1)), num_pages=tail_pages, device_hit_pages=0
-        )
-        return agreed
 
     def _path(self, node_id: int) -> bytes:
         core = self.cache.tree_core
@@ -194,6 +186,14 @@ class SmgRadixCache(UnifiedRadixCache):
             self.host_tier.weights_changed()
         if self.streams is not None:
             self.streams.weights_changed()
+
+    def least_of_ranks(self, *facts: int) -> list[int]:
+        """The least that any rank knows of each, by SGLang's own collective: all ranks enter it."""
+        if self.tp_world_size > 1 and facts:
+            known = torch.tensor(facts, dtype=torch.int64)
+            self._all_reduce_attn_groups(known, torch.distributed.ReduceOp.MIN)
+            return list(map(int, known.tolist()))
+        return list(facts)
 
     # ---- requests that wait ----
 

@@ -227,12 +227,6 @@ def configure(server_args: ServerArgs, given: Mapping[str, Any], origin: str) ->
         "linker_module_path": "smg_sglang.engine.linker",
         "linker_extra_config": config.to_builtins(),
     }
-    if config.prefetch:
-        # Each rank would see its own copies land, and their trees would differ.
-        _refuse_any(
-            "--smg-prefetch cannot be combined with {}; drop one of the two.",
-            [(server_args.tp_size > 1, "--tp-size above 1")],
-        )
     if config.stream_context:
         _refuse_beside_streams(server_args)
         if _device_kind(server_args) == "cuda":

@@ -10,6 +10,9 @@ nothing left to evict, they are given back.
 In which order: slots are loaded after the forwards that may still read them (`Mover.fence`); nobody
 knows them until every layer has landed (`LayerLoads.has_landed`), and pieces join the tree in the
 order of their pages. So a forward never reads a slot that is being loaded here.
+
+With several ranks all do the same in the same step, since their trees must be equal: what a rank
+alone can know (what its memory holds, what has landed, and whether all of it) is agreed on first.
 """
 
 from __future__ import annotations
@@ -134,8 +137,14 @@ class Prefetch:
 
     def land(self) -> None:
         """Put the pieces that have landed into the tree. Before requests are matched."""
-        while self._pieces and self._loads.has_landed(self._pieces[0].index):
-            self._finish(self._pieces.popleft())
+        if not self._pieces:
+            return
+        has_landed = [self._loads.has_landed(piece.index) for piece in self._pieces]
+        (ready,) = self._cache.least_of_ranks([*has_landed, False].index(False))
+        pieces = [self._pieces.popleft() for _ in range(ready)]
+        landed = [self._loads.finish(piece.index) for piece in pieces]
+        for piece, on_all in zip(pieces, self._cache.least_of_ranks(*landed), strict=True):
+            self._finish(piece, landed=bool(on_all))
 
     def give_back(self) -> int:
         """Free all slots under way, because memory is short or their KV is not wanted any more.
@@ -145,7 +154,9 @@ class Prefetch:
             piece.load.failed = True
             self._loads.give_up(piece.index)
         while self._pieces:
-            self._finish(self._pieces.popleft())
+            piece = self._pieces.popleft()
+            self._loads.finish(piece.index)
+            self._finish(piece, landed=False)
         return tokens
 
     def drop(self) -> None:
@@ -216,10 +227,14 @@ class Prefetch:
         if pages < min(wanted, self._piece_pages, self._share(LEAST) // self._page):
             return False
         lease = self._tier.lookup(waiting.path[: (begin + pages) * KEY_BYTES], begin)
-        if lease is None:
-            waiting.done = self._tier.answers
+        found = 0 if lease is None else len(lease.pages)
+        found, answers = self._cache.least_of_ranks(found, self._tier.answers)
+        if lease is None or not found:
+            if lease is not None:
+                self._tier.release(lease)
+            waiting.done = bool(answers)
             return waiting.done
-        slots = self._allocate(len(lease.pages) * self._page, waiting.node)
+        slots = self._allocate(found * self._page, waiting.node)
         if slots is None:
             self._tier.release(lease)
             return False
@@ -284,9 +299,9 @@ class Prefetch:
         # Whole pages, from a page's beginning.
         self._cache.token_to_kv_pool_allocator.free_segment(slots, start_pos=0)
 
-    def _finish(self, piece: _Piece) -> None:
+    def _finish(self, piece: _Piece, *, landed: bool) -> None:
+        """A piece is not written any more; landed: all of it, on all ranks."""
         load, waiting = piece.load, piece.load.waiting
-        landed = self._loads.finish(piece.index)
         waiting.under_way -= 1
         if not waiting.under_way:  # a request has one load at a time
             self._tier.release(load.lease)

@@ -288,11 +288,11 @@ def test_a_kv_pool_is_rows_of_slots_by_layer():
 def test_our_classes_override_what_sglang_has():
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-    added = {"tier", "host_tier", "spill_before_eviction", "_agreed", "_path", "_path_slots"}
+    added = {"tier", "host_tier", "spill_before_eviction", "_path", "_path_slots"}
     added |= {"_pending", "before_retraction", "spill_retracted", "release_finished"}
     added |= {"_abc_impl", "streams", "_stream", "_has_failed"}
     added |= {"prefetch", "prefetch_waiting", "tree_evictable_size"}
-    added |= {"internal_state", "on_weight_update"}
+    added |= {"internal_state", "on_weight_update", "least_of_ranks"}
     for ours, theirs in (
         (SmgRadixCache, UnifiedRadixCache),
         (SmgLinkerWrapper, unified_cache_linker.UnifiedCacheLinkerWrapper),

@@ -140,13 +140,6 @@ def test_engine_keywords_that_make_no_sense_are_refused(kwargs):
         flags.split_kwargs(kwargs)
 
 
-def test_loads_ahead_are_for_one_rank():
-    given = {"host_gb": 0.5, "prefetch": True}
-    with pytest.raises(ConfigError, match="--smg-prefetch cannot be combined with --tp-size"):
-        flags.configure(make_args(tp_size=2), given, origin="engine")
-    assert flags.configure(make_args(), given, origin="engine").prefetch
-
-
 STREAMS = {"host_gb": 0.5, "stream_context": True}
 
 

@@ -4,6 +4,9 @@ import random
 import threading
 import time
 from array import array
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -499,36 +502,114 @@ def test_only_the_next_ones_are_looked_after(make_world, monkeypatch):
     assert world.on_device(A) == 0
 
 
-def test_whatever_happens_in_whatever_order_no_slot_is_lost_and_kv_is_right(make_world):
-    world = make_world(before_copy=random_delay(0.002))
-    world.cache.prefetch._piece_pages = 3
-    rng = random.Random(5)
-    prompts = [A, B, *(list(range(1000 * i, 1000 * i + 33)) for i in range(1, 8))]
+class Ranks:
+    """Worlds that go through the same at the same time, each with its own memory and copies."""
+
+    def __init__(self, worlds) -> None:
+        self.worlds = worlds
+        self._together = threading.Barrier(len(worlds), timeout=10)
+        self._given = {}
+        self._threads = ThreadPoolExecutor(len(worlds))
+        for rank, world in enumerate(worlds):
+            world.cache.tp_world_size = len(worlds)
+            world.cache._all_reduce_attn_groups = partial(self._reduce, rank)
+
+    def _reduce(self, rank, tensor, op):
+        assert op is torch.distributed.ReduceOp.MIN
+        self._given[rank] = tensor.clone()
+        self._together.wait()
+        least = torch.stack(list(self._given.values())).amin(0)
+        self._together.wait()
+        tensor.copy_(least)
+
+    def all(self, what, *args):
+        """What all of them return, who must agree."""
+        calls = [self._threads.submit(what, world, *args) for world in self.worlds]
+        results = [call.result() for call in calls]
+        assert results == results[:1] * len(results)
+        return results[0]
+
+    def close(self):
+        self._threads.shutdown()
+
+
+PROMPTS = [A, B, *(list(range(1000 * i, 1000 * i + 33)) for i in range(1, 8))]
+
+
+def live(ranks, steps, seed=5):
+    """So many steps with requests that come, wait and go, and with all that takes their memory."""
+    rng = random.Random(seed)
     queue = []
-    for step in range(1500):
+    for step in range(steps):
         match rng.randrange(7):
             case 0 if len(queue) < 6:
-                queue.append(request(f"r{step}", rng.choice(prompts)))
+                queue.append((f"r{step}", rng.choice(PROMPTS)))
             case 1 if queue:
                 queue.pop(rng.randrange(len(queue)))
             case 2:
-                tokens = rng.choice(prompts)
-                world.compute(tokens[: len(tokens) - 1])
+                tokens = rng.choice(PROMPTS)
+                ranks.all(World.compute, tokens[: len(tokens) - 1])
             case 3:
-                world.cache.evict(EvictParams(num_tokens=rng.randrange(SLOTS)))
+                ranks.all(evict, rng.randrange(SLOTS))
             case 4:
-                world.on_device(rng.choice(prompts))
+                ranks.all(World.on_device, rng.choice(PROMPTS))
+                ranks.all(World.on_device, rng.choice(PROMPTS))
             case 5 if rng.random() < 0.1:
-                world.cache.prefetch.drop()
+                ranks.all(lambda world: world.cache.prefetch.drop())
             case 6:
                 time.sleep(0.001)
-        world.step(*queue)
-    world.spilled()
-    world.settle()
-    assert world.tier.counters.prefetched_tokens > 1000
-    for prompt in prompts:
-        world.on_device(prompt)
+        ranks.all(lambda world: world.step(*(request(*each) for each in queue)))
+        ranks.all(lambda world: world.cache.prefetch.tokens_under_way)
+    ranks.all(World.spilled)
+    ranks.all(World.settle)
+    for prompt in PROMPTS:
+        ranks.all(World.on_device, prompt)
+
+
+def evict(world, tokens):
+    return world.cache.evict(EvictParams(num_tokens=tokens)).num_tokens_evicted
+
+
+def is_free_in_the_end(world):
     world.compute(A[:40])  # chance may have left the tree empty
     world.spilled()
-    assert world.cache.evict(EvictParams(num_tokens=SLOTS)).num_tokens_evicted > 0
-    assert world.allocator.available_size() == SLOTS
+    assert evict(world, SLOTS) > 0
+    return world.allocator.available_size() == SLOTS
+
+
+def test_whatever_happens_in_whatever_order_no_slot_is_lost_and_kv_is_right(make_world):
+    world = make_world(before_copy=random_delay(0.002))
+    world.cache.prefetch._piece_pages = 3
+    with closing(Ranks([world])) as ranks:
+        live(ranks, 1500)
+        assert world.tier.counters.prefetched_tokens > 1000
+        assert ranks.all(is_free_in_the_end)
+
+
+def test_ranks_have_the_same_tree_after_each_step(make_world):
+    """Where one is slow, fails to copy some pages, and cannot ask its memory for a while."""
+    fast = make_world()
+    slow = make_world(before_copy=sometimes(random_delay(0.004), fail=0.02))
+    with closing(Ranks([fast, slow])) as ranks:
+        for world in ranks.worlds:
+            world.cache.prefetch._piece_pages = 3
+        live(ranks, 400)
+        slow.tier._timeout_s = 0  # its memory is never in time
+        live(ranks, 100, seed=6)
+        slow.tier._timeout_s = 0.5
+        live(ranks, 400, seed=7)
+        assert ranks.all(lambda world: world.tier.counters.prefetched_tokens) > 300
+        assert ranks.all(is_free_in_the_end)
+    for world in ranks.worlds:
+        assert world.tier.state()["memory"]["leases"] == 0
+
+
+def sometimes(delay, fail):
+    rng = random.Random(8)
+
+    def before_copy():
+        delay()
+        if rng.random() < fail:
+            raise OSError("no such page")
+
+    return before_copy
