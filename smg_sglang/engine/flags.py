@@ -331,7 +331,6 @@ def _refuse_beside_streams(args: ServerArgs) -> None:
     _refuse_any(
         "--smg-stream-context cannot be combined with {}; drop one of the two.",
         [
-            (args.tp_size > 1, "--tp-size above 1"),
             (attention not in (None, *attention_backend.NAMES), f"--attention-backend {attention}"),
             (args.allow_auto_truncate, "--allow-auto-truncate"),
             (args.dllm_algorithm is not None, "--dllm-algorithm"),

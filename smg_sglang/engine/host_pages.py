@@ -11,7 +11,7 @@ import logging
 import mmap
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,6 +40,12 @@ class Held:
     @property
     def num_pages(self) -> int:
         return len(self.run.offsets)
+
+    def first(self, pages: int) -> Held:
+        """The first so many of them, under the same lease."""
+        if pages == self.num_pages:
+            return self
+        return Held(replace(self.run, offsets=self.run.offsets[:pages]), self.lease)
 
 
 class CopyFailed(MemoryUnavailable):
@@ -107,6 +113,17 @@ class HostPages:
         except MemoryUnavailable:
             self.release(held)
             raise
+
+    def first(self, held: list[Held], pages: int) -> list[Held]:
+        """Hold the first so many of these pages, and let go of the others."""
+        kept: list[Held] = []
+        rest: list[Held] = []
+        for part in held:
+            wanted = min(part.num_pages, pages)
+            (kept if wanted else rest).append(part.first(wanted))
+            pages -= wanted
+        self.release(rest)
+        return kept
 
     def release(self, held: list[Held]) -> None:
         """End the holds; the list is empty afterwards."""

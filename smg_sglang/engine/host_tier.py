@@ -401,12 +401,13 @@ class HostTier:
                 self._retired.pop().close()
 
     def host_tokens(self) -> int:
-        """Tokens that host memory can hold of this worker's model, if it held nothing else."""
+        """Tokens whose KV, of all ranks, host memory can hold if it held nothing else."""
         connection = self._connection()
         if connection is not None:
             self._close_retired()
             geometry, arena = connection.geometry, connection.arena
-            self._host_pages = arena.nbytes // geometry.slab_bytes * geometry.pages_per_slab
+            slabs = arena.nbytes // geometry.slab_bytes // self._links.namespace.tp_size
+            self._host_pages = slabs * geometry.pages_per_slab
         return self._host_pages * self._page_size
 
     def close(self) -> None:

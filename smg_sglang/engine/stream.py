@@ -48,9 +48,7 @@ class Stream:
         runs, missing = [], self.resident_from
         for part in self.held:
             pages = min(part.num_pages, missing // part.run.page_size)
-            if pages == part.num_pages:
-                runs.append(part.run)
-            elif pages:
-                runs.append(HostRun(part.run.arena, part.run.offsets[:pages], part.run.page_size))
+            if pages:
+                runs.append(part.first(pages).run)
             missing -= pages * part.run.page_size
         return runs

@@ -19,13 +19,11 @@ class Limits:
 
     Attributes:
         device: the device pool.
-        host: host memory of this worker's namespace, if it had all of it.
         page: tokens a page.
         on_cuda: whether what is read from host memory crosses a link.
     """
 
     device: int
-    host: int
     page: int
     on_cuda: bool = False
 
@@ -50,6 +48,11 @@ class Limits:
 
     def paged(self, tokens: int) -> int:
         return -(-tokens // self.page) * self.page
+
+    def most_new(self, prompt: int, host: int) -> int:
+        """What a stream with so long a prompt may generate, where host memory has room for `host`
+        tokens; below 1 where there is none for that."""
+        return host - self.paged(prompt) - self.page
 
     def needs_stream(self, tokens: int, new: int) -> bool:
         """Whether a request of so many known tokens and `new` to come is too large for the device.

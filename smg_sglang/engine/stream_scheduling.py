@@ -57,21 +57,23 @@ def around_init_max_new_tokens(original: Original, scheduler: Any, req: Any) -> 
 def max_new_tokens(streams: Streams, req: Any, new: int, on_device: int) -> int:
     """What a request may generate of the `new` tokens it asks for, where the device alone has room
     for `on_device`; one that cannot run anywhere is marked as aborted, with the numbers."""
-    if not streams.limits.needs_stream(len(req.origin_input_ids), new):
+    limits, prompt = streams.limits, len(req.origin_input_ids)
+    if not limits.needs_stream(prompt, new):
         return on_device
-    if (reason := why_not(req, streams)) is not None:
+    host = streams.host_tokens()
+    if (reason := why_not(req, limits, host)) is not None:
         req.set_finish_with_abort(reason)
         return on_device
     setattr(req, STREAMED, True)
-    return min(new, streams.new_tokens_limit(req))
+    return min(new, limits.most_new(prompt, host))
 
 
-def why_not(req: Any, streams: Streams) -> str | None:
+def why_not(req: Any, limits: Limits, host: int) -> str | None:
     """Why a request that is too large for the device cannot be streamed, with the numbers."""
-    limits, length = streams.limits, len(req.origin_input_ids)
-    if streams.new_tokens_limit(req) < 1:
+    length = len(req.origin_input_ids)
+    if limits.most_new(length, host) < 1:
         return (
-            f"The prompt has {length} tokens; host memory holds {limits.host} "
+            f"The prompt has {length} tokens; host memory holds {host} "
             f"(--smg-host-gb), the device {limits.device}."
         )
     unfit = [

@@ -10,6 +10,10 @@ of the device, whatever its length, and host memory for all of its tokens.
 On CUDA, where all that is read from host memory crosses a link, the newest pages that host memory
 has stay on the device as well, up to a share of a quarter of it.
 
+With several ranks each has its shard of a stream, in host memory of its own. All do the same in the
+same step, so what one alone can know (how much host memory has, and whether it took a page) is
+agreed on first (`SmgRadixCache.least_of_ranks`).
+
 **Order.** Everything here happens on the scheduler thread, and so does the enqueuing of forwards;
 only the ring's copies, and the background spills, have threads of their own.
 
@@ -46,6 +50,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smg_sglang.attention.host import HostReader
+from smg_sglang.engine.host_pages import Held
 from smg_sglang.engine.paths import page_path, whole_pages
 from smg_sglang.engine.stream import Stream
 from smg_sglang.engine.stream_limits import SEGMENT_TOKENS, Limits, new_tokens
@@ -111,10 +116,15 @@ class Streams:
 
     @property
     def limits(self) -> Limits:
-        """As they are now: a memory server that is away has no room. Asks the connection, so once
-        for a decision."""
+        """What streams may have of the device."""
         device = self._cache.token_to_kv_pool_allocator.size
-        return Limits(device, self._tier.host_tokens(), self.page, self._tier.device.type == "cuda")
+        return Limits(device, self.page, self._tier.device.type == "cuda")
+
+    def host_tokens(self) -> int:
+        """What host memory can hold for every rank. Asks the connection, so once for a decision;
+        all ranks enter."""
+        (tokens,) = self._cache.least_of_ranks(self._tier.host_tokens())
+        return tokens
 
     def __len__(self) -> int:
         return len(self._by_rid)
@@ -137,14 +147,9 @@ class Streams:
         for all others on the device, whatever they generate."""
         return self.get(req) is not None or getattr(req, STREAMED, False)
 
-    def new_tokens_limit(self, req: Any) -> int:
-        """Tokens it may generate as a stream; below 1 where host memory has no room for that."""
-        limits = self.limits
-        return limits.host - limits.paged(len(req.origin_input_ids)) - limits.page
-
     def host_room(self) -> int:
-        """Tokens of host memory that no stream counts on."""
-        return self.limits.host - sum(stream.host_need for stream in self)
+        """Tokens of host memory that no stream counts on. All ranks enter."""
+        return self.host_tokens() - sum(stream.host_need for stream in self)
 
     def open(self, req: Any) -> Stream:
         """Hold what host memory has of the request: from now on it is a stream.
@@ -155,19 +160,25 @@ class Streams:
         tokens = whole_pages(req, len(req.full_untruncated_fill_ids), self.page)
         stream = Stream(self, req, self.host_need(req))
         path, hexes = self._keys(req, 0, tokens, None)
-        held = self._pages.find(path)
+        held = self._find(path)
         if sum(part.num_pages for part in held) * self.page < req.prefix_len:
             self._pages.release(held)
             slots = self._cache.prefix_device_indices(req)
             on_device = slots.numel() // self.page
             self._tier.spill_now(path[: on_device * KEY_BYTES], slots)
-            held = self._pages.find(path)
+            held = self._find(path)
         pages = sum(part.num_pages for part in held)
         stream.held, stream.path = held, path[: pages * KEY_BYTES]
         stream.last_hash = hexes[pages - 1] if pages else None
         stream.resident_from = pages * self.page
         self._by_rid[req.rid] = stream
         return stream
+
+    def _find(self, path: bytes) -> list[Held]:
+        """Hold what host memory has of a path on every rank."""
+        held = self._pages.find(path)
+        (pages,) = self._cache.least_of_ranks(sum(part.num_pages for part in held))
+        return self._pages.first(held, pages)
 
     def host_need(self, req: Any) -> int:
         """Tokens of host memory that the request may come to need, in whole pages."""
@@ -192,11 +203,17 @@ class Streams:
         if known > first:
             path, hexes = self._keys(req, first * page, known * page, stream.last_hash)
             slots = self._row(req)[first * page : known * page].to(torch.int64)
+            held: list[Held] = []
+            failure = None
             try:
                 held = self._pages.keep(stream.path + path, first, slots, stream.shared)
             except MemoryUnavailable as error:
                 logger.warning("smg: request %s cannot go on: %s", req.rid, error)
-                stream.failure = str(error)
+                failure = str(error)
+            (kept,) = self._cache.least_of_ranks(failure is None)
+            if not kept:
+                self._pages.release(held)
+                stream.failure = failure or "host memory of another rank has no room"
                 return
             stream.held += held
             stream.path += path
@@ -250,7 +267,7 @@ class Streams:
             "streams": len(self),
             "stream_held_tokens": held * self.page,
             "stream_promised_tokens": sum(stream.host_need for stream in self),
-            "host_tokens": self.limits.host,
+            "host_tokens": self._tier.host_tokens(),
         }
 
     def close(self, req: Any) -> None:

@@ -172,7 +172,6 @@ def test_streams_on_a_cpu_leave_the_choice_to_the_platform(caplog):
         ({"decode_attention_backend": "triton"}, "--decode-attention-backend"),
         ({"dtype": "float32"}, "--dtype float32"),
         ({"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3"),
-        ({"tp_size": 2}, "--tp-size"),
         ({"enable_two_batch_overlap": True}, "--enable-two-batch-overlap"),
     ],
 )

@@ -71,6 +71,22 @@ def test_held_pages_are_not_evicted(make_world):
     assert torch.equal(bytes_of(held, world), before)
 
 
+def test_the_first_pages_stay_held_where_the_others_are_let_go(make_world):
+    world = make_world()
+    slots = slots_at(0, 40)
+    world.write(1, slots)
+    before = world.read(slots[: 6 * PAGE])
+    pages = world.tier.pages
+    held = pages.first(pages.keep(path_of(1, 40), 0, slots), 6)
+    fill(world)
+    assert torch.equal(bytes_of(held, world), before)
+    own = [*held, pages._own(slots), pages._own(slots)]
+    assert [part.num_pages for part in pages.first(own, 8)] == [6, 2]
+    assert pages.num_held == 2
+    assert pages.first(pages.find(path_of(1, 40)), 0) == []
+    assert pages.num_held == 2
+
+
 def test_full_memory_leaves_the_rest_with_the_worker(make_world):
     world = make_world()
     others = [
@@ -225,11 +241,13 @@ def test_what_host_memory_could_hold_is_known(make_world):
     world = make_world(host_bytes=1 << 20)
     tokens = world.tier.host_tokens()
     assert 0.9 * (1 << 20) < tokens / PAGE * world.tier.layout.page_bytes <= 1 << 20
+    # Each of two ranks has a shard of every token there.
+    assert make_world(host_bytes=1 << 20, tp_size=2).tier.host_tokens() == tokens // 2
 
 
 @pytest.mark.parametrize("page", [1, 16, 128])
 def test_limits_are_whole_pages_and_leave_room_for_others(page):
-    limits = Limits(device=2048, host=1 << 16, page=page)
+    limits = Limits(device=2048, page=page)
     assert limits.chunk % page == 0 and limits.chunk <= 1024
     assert limits.tail % page == 0 and page <= limits.tail <= max(page, 128)
     assert not limits.needs_stream(1000, 100_000)
@@ -242,7 +260,7 @@ def test_a_request_that_is_no_stream_fits_the_device():
     rng = np.random.default_rng(0)
     for _ in range(300):
         page = int(rng.choice([1, 16, 128]))
-        limits = Limits(int(rng.integers(4, 200)) * 128, 1 << 20, page)
+        limits = Limits(int(rng.integers(4, 200)) * 128, page)
         tokens, new = int(rng.integers(1, 30_000)), int(rng.integers(0, 30_000))
         if not limits.needs_stream(tokens, new):
             # SGLang clips its answer to this, and it is something.

@@ -4,9 +4,6 @@ import random
 import threading
 import time
 from array import array
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +17,7 @@ from smg_sglang.engine.host_tier import HostTier
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import random_delay
 from tests.engine.caches import make_cache, namespace_of
+from tests.engine.ranks import Ranks
 from tests.memory.conftest import RunningServer
 
 PAGE, LAYERS, SLOTS = 4, 2, 256
@@ -502,35 +500,12 @@ def test_only_the_next_ones_are_looked_after(make_world, monkeypatch):
     assert world.on_device(A) == 0
 
 
-class Ranks:
-    """Worlds that go through the same at the same time, each with its own memory and copies."""
-
-    def __init__(self, worlds) -> None:
-        self.worlds = worlds
-        self._together = threading.Barrier(len(worlds), timeout=10)
-        self._given = {}
-        self._threads = ThreadPoolExecutor(len(worlds))
-        for rank, world in enumerate(worlds):
-            world.cache.tp_world_size = len(worlds)
-            world.cache._all_reduce_attn_groups = partial(self._reduce, rank)
-
-    def _reduce(self, rank, tensor, op):
-        assert op is torch.distributed.ReduceOp.MIN
-        self._given[rank] = tensor.clone()
-        self._together.wait()
-        least = torch.stack(list(self._given.values())).amin(0)
-        self._together.wait()
-        tensor.copy_(least)
-
-    def all(self, what, *args):
-        """What all of them return, who must agree."""
-        calls = [self._threads.submit(what, world, *args) for world in self.worlds]
-        results = [call.result() for call in calls]
-        assert results == results[:1] * len(results)
-        return results[0]
-
-    def close(self):
-        self._threads.shutdown()
+def ranks_of(*worlds) -> Ranks:
+    ranks = Ranks(worlds)
+    for rank, world in enumerate(worlds):
+        world.cache.prefetch._piece_pages = 3
+        ranks.join(rank, world.cache)
+    return ranks
 
 
 PROMPTS = [A, B, *(list(range(1000 * i, 1000 * i + 33)) for i in range(1, 8))]
@@ -579,8 +554,7 @@ def is_free_in_the_end(world):
 
 def test_whatever_happens_in_whatever_order_no_slot_is_lost_and_kv_is_right(make_world):
     world = make_world(before_copy=random_delay(0.002))
-    world.cache.prefetch._piece_pages = 3
-    with closing(Ranks([world])) as ranks:
+    with ranks_of(world) as ranks:
         live(ranks, 1500)
         assert world.tier.counters.prefetched_tokens > 1000
         assert ranks.all(is_free_in_the_end)
@@ -590,9 +564,7 @@ def test_ranks_have_the_same_tree_after_each_step(make_world):
     """Where one is slow, fails to copy some pages, and cannot ask its memory for a while."""
     fast = make_world()
     slow = make_world(before_copy=sometimes(random_delay(0.004), fail=0.02))
-    with closing(Ranks([fast, slow])) as ranks:
-        for world in ranks.worlds:
-            world.cache.prefetch._piece_pages = 3
+    with ranks_of(fast, slow) as ranks:
         live(ranks, 400)
         slow.tier._timeout_s = 0  # its memory is never in time
         live(ranks, 100, seed=6)
@@ -600,7 +572,7 @@ def test_ranks_have_the_same_tree_after_each_step(make_world):
         live(ranks, 400, seed=7)
         assert ranks.all(lambda world: world.tier.counters.prefetched_tokens) > 300
         assert ranks.all(is_free_in_the_end)
-    for world in ranks.worlds:
+    for world in (fast, slow):
         assert world.tier.state()["memory"]["leases"] == 0
 
 

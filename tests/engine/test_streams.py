@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +13,12 @@ import torch
 from smg_sglang.attention.host import HostRun
 from smg_sglang.engine import stream_scheduling
 from smg_sglang.engine import streams as module
-from smg_sglang.engine.host_pages import Held
+from smg_sglang.engine.cache import SmgRadixCache
+from smg_sglang.engine.host_pages import Held, HostPages
 from smg_sglang.engine.stream import Stream
 from smg_sglang.engine.stream_limits import Limits
 from smg_sglang.engine.streams import Streams
+from tests.engine.ranks import Ranks
 
 PAGE, DEVICE = 4, 128
 
@@ -25,6 +28,7 @@ class Pages:
 
     def __init__(self):
         self.kept, self.released, self.shared = [], [], []
+        self.found = 0
 
     def keep(self, path, first, slots, shared=True):
         self.kept.append(slots.tolist())
@@ -32,6 +36,11 @@ class Pages:
         pages = slots.numel() // PAGE
         run = HostRun(np.zeros(1, np.uint8), np.arange(first, first + pages), PAGE)
         return [Held(run, None)]
+
+    def find(self, path):
+        return [Held(HostRun(np.zeros(1, np.uint8), np.arange(self.found), PAGE), None)]
+
+    first = HostPages.first
 
     def release(self, held):
         self.released += held
@@ -48,6 +57,7 @@ class Table(Streams):
                 size=DEVICE, free=lambda slots: self.freed.extend(slots.tolist())
             ),
             req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(3, 400, dtype=torch.int32)),
+            least_of_ranks=lambda *facts: list(facts),
         )
         self._tier = SimpleNamespace(
             host_tokens=lambda: 4096,
@@ -114,7 +124,7 @@ def test_on_a_cpu_nothing_stays_that_host_memory_has():
     table.checkpoint(stream, 43)
     assert stream.resident_from == 40
     table.check(stream, 43)
-    assert Limits(DEVICE, 0, PAGE).resident == 0
+    assert Limits(DEVICE, PAGE).resident == 0
 
 
 def test_streams_share_what_may_stay():
@@ -230,7 +240,7 @@ def test_a_stream_that_ends_lets_go_of_all_it_held():
     table.close(first.req)
     assert table._pages.released == held and not first.held
     assert list(table) == [second] and second.held
-    assert table.host_room() == table.limits.host - second.host_need
+    assert table.host_room() == table.host_tokens() - second.host_need
 
 
 def test_a_request_ends_its_own_stream_only():
@@ -251,3 +261,73 @@ def test_what_was_begun_before_new_weights_is_not_shared_any_more():
     table.compute(new, 0, 20)
     table.checkpoint(new, 20)
     assert table._pages.shared == [True, False, True]
+
+
+# ---- several ranks ----
+
+
+@pytest.fixture
+def ranks():
+    """Streams of two ranks, in step."""
+    with Ranks([Table(on_cuda=True), Table(on_cuda=True)]) as ranks:
+        for rank, table in enumerate(ranks.members):
+            ranks.join(rank, table._cache)
+            table._cache.least_of_ranks = partial(SmgRadixCache.least_of_ranks, table._cache)
+        yield ranks
+
+
+def computed(table, tokens):
+    stream = table.begin("a", 1)
+    table.compute(stream, 0, tokens)
+    table.checkpoint(stream, tokens)
+    return stream
+
+
+def test_what_the_host_memory_of_one_rank_does_not_take_stays_on_all(ranks):
+    first, second = ranks.members
+    keep = second._pages.keep
+
+    def full(*args):
+        raise module.MemoryUnavailable("full")
+
+    second._pages.keep = full
+    streams = ranks.each(computed, 80)
+    assert [stream.failure for stream in streams] == [
+        "host memory of another rank has no room",
+        "full",
+    ]
+    for table, stream in zip(ranks.members, streams, strict=True):
+        assert (stream.resident_from, stream.host_pages, stream.held) == (0, 0, [])
+        table.check(stream, 80)
+    assert sum(part.num_pages for part in first._pages.released) == 20
+    second._pages.keep = keep
+    ranks.each(lambda table: table.checkpoint(table.by_rid("a"), 80))
+    for table, stream in zip(ranks.members, streams, strict=True):
+        assert (stream.failure, stream.resident_from) == (None, 80 - DEVICE // 4)
+        table.check(stream, 80)
+
+
+def test_a_prefix_is_as_long_as_all_ranks_have_it(ranks):
+    for table, found in zip(ranks.members, (20, 7), strict=True):
+        table._pages.found = found
+
+    def open_one(table):
+        req = SimpleNamespace(
+            rid="a",
+            full_untruncated_fill_ids=[0] * 200,
+            _compute_max_prefix_len=lambda length: length - 1,
+            sampling_params=SimpleNamespace(max_new_tokens=8),
+            output_ids=[],
+            prefix_len=0,
+        )
+        stream = table.open(req)
+        return stream.resident_from, stream.host_pages, [part.num_pages for part in stream.held]
+
+    assert ranks.all(open_one) == (28, 7, [7])
+
+
+def test_host_memory_has_room_for_what_every_rank_has_room_for(ranks):
+    ranks.members[0]._tier.host_tokens = lambda: 1024
+    assert ranks.all(Table.host_tokens) == 1024
+    ranks.each(Table.begin, "a", 1)
+    assert ranks.all(Table.host_room) == 1024 - 4096

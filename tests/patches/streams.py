@@ -74,6 +74,9 @@ class Plain:
     def supports_mamba(self):
         return False
 
+    def least_of_ranks(self, *facts):
+        return list(facts)
+
     def evictable_size(self):
         return 0
 
@@ -139,7 +142,7 @@ def request(rid: str, prompt: int, new: int | None = 100, done: int = 0, **other
     req = Req(rid, "", array("q", range(prompt)), params)
     req.full_untruncated_fill_ids = req.origin_input_ids
     req.prefix_len = done
-    if Limits(DEVICE, HOST, PAGE).needs_stream(prompt, new or 0):
+    if Limits(DEVICE, PAGE).needs_stream(prompt, new or 0):
         setattr(req, STREAMED, True)
     for name, value in others.items():
         setattr(req, name, value)
