@@ -334,6 +334,8 @@ def _refuse_beside_streams(args: ServerArgs) -> None:
             (attention not in (None, *attention_backend.NAMES), f"--attention-backend {attention}"),
             (args.allow_auto_truncate, "--allow-auto-truncate"),
             (args.dllm_algorithm is not None, "--dllm-algorithm"),
+            # Its ranks compute batches together: a stream in one would need graphs off in all.
+            (args.enable_dp_attention, "--enable-dp-attention"),
         ],
     )
 
@@ -350,7 +352,6 @@ def _prepare_cuda_streams(args: ServerArgs) -> None:
                 args.kv_cache_dtype not in ("auto", "bf16", "bfloat16"),
                 f"--kv-cache-dtype {args.kv_cache_dtype} on CUDA",
             ),
-            (args.enable_dp_attention, "--enable-dp-attention"),
             (args.enable_two_batch_overlap, "--enable-two-batch-overlap"),
         ],
     )

@@ -27,7 +27,6 @@ def make_args(**changes):
         "enable_memory_saver": False,
         "enable_pdmux": False,
         # where contexts are streamed
-        "tp_size": 1,
         "attention_backend": None,
         "prefill_attention_backend": None,
         "decode_attention_backend": None,
@@ -172,6 +171,7 @@ def test_streams_on_a_cpu_leave_the_choice_to_the_platform(caplog):
         ({"decode_attention_backend": "triton"}, "--decode-attention-backend"),
         ({"dtype": "float32"}, "--dtype float32"),
         ({"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3"),
+        ({"enable_dp_attention": True}, "--enable-dp-attention"),
         ({"enable_two_batch_overlap": True}, "--enable-two-batch-overlap"),
     ],
 )
