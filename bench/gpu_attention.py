@@ -27,17 +27,20 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, as the other benchmarks are
 
 from bench.transfer import SHAPES, Shape, World, dated, machine
-from smg_sglang.attention import flashinfer
 from smg_sglang.attention.batch import KV, Rule
 from smg_sglang.attention.device import DeviceAttention, merge_into
-from smg_sglang.attention.flashinfer import PagedKeys, Wrappers, one_slot_pages
 from smg_sglang.attention.host import HostReader, HostRun
+from smg_sglang.attention.kernels import Kind, make_kernels
+from smg_sglang.attention.paged import PagedKeys, Planned, heads_of, one_slot_pages
 from smg_sglang.attention.partial import PartialState
 from smg_sglang.transfer.cuda import CudaMover
 from smg_sglang.transfer.segments import SegmentRing
 
-QUERY_HEADS = {"Llama-3.1-8B": 32, "Qwen2.5-7B": 28}
-WIDTH = {"Llama-3.1-8B": 4096, "Qwen2.5-7B": 3584}
+QUERY_HEADS = {"Llama-3.1-8B": 32, "Qwen2.5-7B": 28, "DeepSeek-V2-Lite": 16}
+WIDTH = {"Llama-3.1-8B": 4096, "Qwen2.5-7B": 3584, "DeepSeek-V2-Lite": 2048}
+#: Of MLA's latents, the width of the values.
+LATENT = 512
+CUDA = torch.device("cuda")
 PAGE = 16
 RULE = Rule(128**-0.5)
 
@@ -64,35 +67,39 @@ def some(*size: int, device: str = "cuda") -> torch.Tensor:
     return torch.randn(*size, dtype=torch.bfloat16, device=device)
 
 
+def some_keys(shape: Shape, slots: int) -> KV:
+    """A pool of this shape: keys and values, or latents."""
+    k = some(slots, shape.heads, shape.dim)
+    return KV(k, k[..., :LATENT] if shape.parts == 1 else some(slots, shape.heads, shape.dim))
+
+
+def kind_for(shape: Shape) -> Kind:
+    return Kind.LATENT if shape.parts == 1 else Kind.PAGED
+
+
 # ---- two merged segments beside one ----
 
 
 def merging(shape: Shape, q_heads: int, new: int, keys: int, backend: str) -> Subjects:
     """The same keys in one segment, and in two that are merged; `new` queries after all of them."""
-    wrappers = Wrappers(torch.device("cuda"), backend=backend)
-    q, kv = some(new, q_heads, shape.dim), KV(*(some(keys, shape.heads, shape.dim) for _ in "kv"))
-    heads = flashinfer.heads_of(q, kv)
+    kernels = make_kernels(kind_for(shape), CUDA, backend=backend)
+    q, kv = some(new, q_heads, shape.dim), some_keys(shape, keys)
     table = torch.randperm(keys // PAGE, device="cuda").to(torch.int32)
 
-    def planned(first: int, end: int) -> flashinfer.Wrapper:
-        pages = PagedKeys(
-            torch.tensor([0, end - first], dtype=torch.int32),
-            table[first:end],
-            torch.tensor([PAGE], dtype=torch.int32),
-            PAGE,
-        )
-        return wrappers.planned(pages, [new], RULE, heads, causal=False)
+    def planned(first: int, end: int) -> Planned:
+        pages = PagedKeys([(end - first) * PAGE], table[first:end], PAGE)
+        return kernels.planned(pages, [new], RULE, heads_of(q, kv), causal=False)
 
     middle = keys // PAGE // 2
     whole, first, second = planned(0, 2 * middle), planned(0, middle), planned(middle, 2 * middle)
 
     def one() -> None:
-        flashinfer.run(whole, q, kv, PAGE)
+        whole(q, kv)
 
     def two() -> None:
-        state = flashinfer.run(first, q, kv, PAGE)
+        state = first(q, kv)
         state = PartialState(state.out.float(), state.lse)
-        merge_into(state, flashinfer.run(second, q, kv, PAGE)).out.to(q.dtype)
+        merge_into(state, second(q, kv)).out.to(q.dtype)
 
     return {"one segment": one, "two, merged": two}
 
@@ -102,27 +109,34 @@ def merging(shape: Shape, q_heads: int, new: int, keys: int, backend: str) -> Su
 
 def streaming(world: World, shape: Shape, q_heads: int, *, new: int) -> Subjects:
     """All layers of one pass of a request whose context is in host memory, but for `new` tokens."""
-    layout, device = world.pool.layout, torch.device("cuda")
-    ring = SegmentRing(layout, device, 8192 // layout.page_size, pins=world.pins)
-    world.pins.pin(world.arena.buffer, device)
+    layout = world.pool.layout
+    ring = SegmentRing(layout, CUDA, 8192 // layout.page_size, pins=world.pins)
+    world.pins.pin(world.arena.buffer, CUDA)
     if not world.pins.wait(world.arena.buffer):
         raise SystemExit("the driver does not page-lock the arena (see `ulimit -l`)")
     reader = HostReader(layout, ring)
-    attention = DeviceAttention(Wrappers(device))
     run = HostRun(world.arena.buffer, world.offsets, layout.page_size)
-    q = some(new, q_heads, shape.dim)
-    pool = KV(*(some(new, shape.heads, shape.dim) for _ in "kv"))
-    slots, out = torch.arange(new, dtype=torch.int32, device=device), torch.empty_like(q)
+    q, pool = some(new, q_heads, shape.dim), some_keys(shape, new)
+    out = q.new_empty(new, q_heads, pool.v.shape[2])
+    slots = torch.arange(new, dtype=torch.int32, device=CUDA)
 
-    def streamed() -> None:
-        plan = attention.plan(one_slot_pages(slots, [new]), [new], [[run]], reader)
-        for layer in range(layout.num_layers):
-            attention.attend(q, pool, plan, RULE, out, layer)
+    def streamed(kind: Kind) -> Callable[[], None]:
+        attention = DeviceAttention(make_kernels(kind, CUDA))
 
-    target = torch.ones(world.nbytes, dtype=torch.uint8, device=device)
+        def step() -> None:
+            plan = attention.plan(one_slot_pages(slots, [new]), [new], [[run]], reader)
+            for layer in range(layout.num_layers):
+                attention.attend(q, pool, plan, RULE, out, layer)
+
+        return step
+
+    target = torch.ones(world.nbytes, dtype=torch.uint8, device=CUDA)
     host = torch.ones(world.nbytes, dtype=torch.uint8, pin_memory=True)
-    plain = "one pinned copy of the same bytes"
-    return {"streamed": streamed, plain: lambda: target.copy_(host, non_blocking=True)}
+    return {
+        "streamed": streamed(kind_for(shape)),
+        "streamed, as plain products": streamed(Kind.EXACT),
+        "one pinned copy of the same bytes": lambda: target.copy_(host, non_blocking=True),
+    }
 
 
 # ---- copies beside a decode ----
@@ -137,17 +151,17 @@ class Decode:
         self.weights = [some(width, 4 * width) for _ in range(4)]  # larger than the L2 cache
         self.back = some(4 * width, width)
         self.q = some(batch, q_heads, shape.dim)
-        self.kv = KV(*(some(batch * context, shape.heads, shape.dim) for _ in "kv"))
-        wrappers = Wrappers(torch.device("cuda"))
+        self.kv = some_keys(shape, batch * context)
+        kernels = make_kernels(kind_for(shape), CUDA)
         slots = torch.randperm(batch * context, device="cuda").to(torch.int32)
         keys = one_slot_pages(slots, [context] * batch)
-        heads = flashinfer.heads_of(self.q, self.kv)
-        self.wrapper = wrappers.planned(keys, [1] * batch, RULE, heads, causal=True)
+        heads = heads_of(self.q, self.kv)
+        self.attend = kernels.planned(keys, [1] * batch, RULE, heads, causal=True)
 
     def step(self) -> None:
         for layer in range(self.layers):
             _ = (self.x @ self.weights[layer % len(self.weights)]) @ self.back
-            flashinfer.run(self.wrapper, self.q, self.kv, 1)
+            self.attend(self.q, self.kv)
 
 
 @contextmanager

@@ -27,6 +27,11 @@ class KV(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
 
+    @property
+    def latent(self) -> bool:
+        """Whether the values are the front of the keys (MLA)."""
+        return self.v.data_ptr() == self.k.data_ptr()
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -213,6 +218,6 @@ def _attend_single(  # noqa: PLR0917
 def _read(request: Request, pool: KV, dtype: torch.dtype) -> KV:
     """The request's keys and values; MLA's values stay a view of the keys they are part of."""
     k = request.rows_of(pool.k).to(dtype)
-    if pool.v.data_ptr() == pool.k.data_ptr():
+    if pool.latent:
         return KV(k, k[..., : pool.v.shape[2]])
     return KV(k, request.rows_of(pool.v).to(dtype))

@@ -17,14 +17,12 @@ import math
 import torch
 import torch.nn.functional as F
 
+from smg_sglang.attention import plain
 from smg_sglang.attention.partial import PartialState, empty_state, merge
 
 #: Up to here one masked pass beats an unmasked one over the prefix, a causal one over the new
 #: tokens and a merge (measured at 2,700 keys: equal near 128 queries).
 MASKED_QUERIES = 128
-
-# Scores that the plain path holds at a time: 64 MiB of float32.
-_SCORES = 1 << 24
 
 
 def attend(
@@ -49,7 +47,7 @@ def attend(
     if causal and m < n:
         raise ValueError(f"causal attention of {n} queries needs as many keys, there are {m}")
     if logit_cap > 0 or v.shape[2] > k.shape[2]:
-        return _plain(q, k, v, scale=scale, causal=causal, cap=logit_cap)
+        return plain.attend(q, k, v, scale=scale, causal=causal, logit_cap=logit_cap)
     v_dim = v.shape[2]
     v = _as_wide_as_keys(v, k)
     if not causal or n == 1:
@@ -136,39 +134,3 @@ def _as_wide_as_keys(v: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     if v.data_ptr() == k.data_ptr() and v.stride() == k.stride():
         return k
     return F.pad(v, (0, k.shape[2] - v.shape[2]))
-
-
-def _plain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, causal: bool, cap: float
-) -> PartialState:
-    """Matrix products in float32, a block of queries at a time."""
-    n, m = q.shape[0], k.shape[0]
-    block = max(1, _SCORES // (q.shape[1] * m))
-    parts = []
-    for i in range(0, n, block):
-        scores = _scores(q[i : i + block], k, scale, cap)
-        if causal:
-            # The block's first query is position m - n + i and sees itself and what is before.
-            scores.masked_fill_(_hidden(scores.shape[2], m, m - n + i), -math.inf)
-        parts.append(_weigh(scores, v, q.dtype))
-    return PartialState(torch.cat([p.out for p in parts]), torch.cat([p.lse for p in parts]))
-
-
-def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, cap: float) -> torch.Tensor:
-    """Scores [kv_heads, group, queries, keys]."""
-    rows = q.float().reshape(q.shape[0], k.shape[1], -1, q.shape[2]).permute(1, 2, 0, 3)
-    scores = (rows @ k.float().permute(1, 2, 0).unsqueeze(1)) * scale
-    return torch.tanh(scores / cap) * cap if cap > 0 else scores
-
-
-def _hidden(queries: int, keys: int, position: int) -> torch.Tensor:
-    """Which keys are later than the query, where the first query is at `position`."""
-    return torch.arange(keys) > torch.arange(position, position + queries).unsqueeze(1)
-
-
-def _weigh(scores: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> PartialState:
-    lse = torch.logsumexp(scores, -1)
-    out = torch.exp(scores - lse.unsqueeze(-1)) @ v.float().transpose(0, 1).unsqueeze(1)
-    queries = scores.shape[2]
-    out = out.permute(2, 0, 1, 3).reshape(queries, -1, v.shape[2]).to(dtype)
-    return PartialState(out, lse.permute(2, 0, 1).reshape(queries, -1))

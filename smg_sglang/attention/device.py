@@ -17,10 +17,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from smg_sglang.attention import flashinfer
 from smg_sglang.attention.batch import KV, Rule
-from smg_sglang.attention.flashinfer import Heads, PagedKeys, Wrapper, Wrappers
 from smg_sglang.attention.host import HostReader, HostRun
+from smg_sglang.attention.paged import (
+    Heads,
+    Kernels,
+    PagedKeys,
+    Planned,
+    heads_of,
+    staged,
+    whole_pages,
+)
 from smg_sglang.attention.partial import PartialState, merge
 
 
@@ -38,14 +45,14 @@ class DevicePlan:
     """What the layers of a forward pass share.
 
     new: queries of each request. keys: those on the device. host: gets at what `streamed` has in
-    host memory. planned: wrappers whose plan was made, by what it was made for.
+    host memory. planned: what was planned, by what for.
     """
 
     new: Sequence[int]
     keys: PagedKeys
     streamed: list[Streamed]
     host: HostReader | None
-    planned: dict[object, Wrapper] = field(default_factory=dict)
+    planned: dict[object, Planned] = field(default_factory=dict)
 
 
 def slots_of(
@@ -59,7 +66,7 @@ def slots_of(
     first = np.asarray(begins, np.int64)
     lengths = np.asarray(ends, np.int64) - first
     shift = first - (np.cumsum(lengths) - lengths)
-    plan = _to_device(torch.from_numpy(np.stack([lengths, shift])), table.device)
+    plan = staged(np.stack([lengths, shift]), table.device).to(table.device, non_blocking=True)
     total = int(lengths.sum())
     owner = torch.repeat_interleave(plan[0], output_size=total)
     columns = torch.arange(total, device=table.device) + plan[1][owner]
@@ -83,8 +90,8 @@ def joined(runs: Sequence[HostRun]) -> list[HostRun]:
 class DeviceAttention:
     """Plans and runs batches. One thread, one forward at a time."""
 
-    def __init__(self, wrappers: Wrappers) -> None:
-        self._wrappers = wrappers
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
 
     def plan(
         self,
@@ -97,7 +104,7 @@ class DeviceAttention:
 
         host: for each request what comes before, in host memory; `reader` gets at it.
         """
-        self._wrappers.begin()
+        self._kernels.begin()
         if reader is not None:
             reader.begin()
         ends = np.cumsum(np.asarray(new, np.int64)).tolist()
@@ -117,12 +124,13 @@ class DeviceAttention:
         out: torch.Tensor,
         layer: int = 0,
     ) -> None:
-        """Fill out [N, q_heads, dim] with the attention of q [N, q_heads, dim] over the pool.
+        """Fill out [N, q_heads, v_dim] with the attention of q [N, q_heads, dim], contiguous, over
+        the pool.
 
-        The pool already holds the new tokens. All is of one dtype, bfloat16 or float16. Layers are
-        numbered as in the pages of host memory. Work is enqueued on the current stream.
+        The pool already holds the new tokens. All is of one dtype. Layers are numbered as in the
+        pages of host memory. Work is enqueued on the current stream.
         """
-        heads = flashinfer.heads_of(q, pool)
+        heads = heads_of(q, pool)
         if plan.host is not None:
             # First, so that copies run while the device's own keys are attended.
             plan.host.stream([request.runs for request in plan.streamed])
@@ -139,10 +147,10 @@ class DeviceAttention:
     ) -> PartialState:
         key = ("device", rule, heads)
         if key not in plan.planned:
-            plan.planned[key] = self._wrappers.planned(
+            plan.planned[key] = self._kernels.planned(
                 plan.keys, plan.new, rule, heads, causal=rule.causal
             )
-        return flashinfer.run(plan.planned[key], q, pool, plan.keys.page_size)
+        return plan.planned[key](q, pool)
 
     def _with_host(  # noqa: PLR0917
         self,
@@ -160,12 +168,13 @@ class DeviceAttention:
             pages = parts[0].shape[0] // page_size
             key = ("host", pages, len(q), rule, heads)
             if key not in plan.planned:
-                segment = flashinfer.whole_pages(pages, page_size, self._wrappers.device)
-                plan.planned[key] = self._wrappers.planned(
+                segment = whole_pages(pages, page_size, self._kernels.device)
+                plan.planned[key] = self._kernels.planned(
                     segment, [len(q)], rule, heads, causal=False
                 )
-            other = flashinfer.run(plan.planned[key], q, KV(parts[0], parts[1]), page_size)
-            state = merge_into(state, other)
+            # MLA has one part: its values are the front of its keys.
+            v = parts[1] if len(parts) > 1 else parts[0][..., : heads.v_dim]
+            state = merge_into(state, plan.planned[key](q, KV(parts[0], v)))
         return state
 
 
@@ -177,10 +186,3 @@ def merge_into(state: PartialState, other: PartialState) -> PartialState:
 
     merge_in_place(state.out, state.lse, other.out.contiguous(), other.lse.contiguous())
     return state
-
-
-def _to_device(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Without the CPU waiting: a pageable source would make it wait."""
-    if device.type != "cuda":
-        return numbers.to(device)
-    return numbers.pin_memory().to(device, non_blocking=True)

@@ -1,7 +1,8 @@
 """FlashInfer's paged wrappers: partial attention over page tables, on CUDA.
 
-FlashInfer has bf16 and fp16 kernels only. Its log-sum-exps are base 2; here all are natural. MLA
-has one latent instead of keys and values, which these wrappers do not take.
+FlashInfer has bf16 and fp16 kernels only. Its log-sum-exps are base 2; here all are natural. There
+is a kind for keys and values, and one for latents (MLA), whose queries have absorbed the
+projection of the keys.
 
 Checked against FlashInfer's signatures and, with its kernels replaced by float64 references, on a
 CPU. Has not run on a GPU yet.
@@ -10,73 +11,27 @@ CPU. Has not run on a GPU yet.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from smg_sglang.attention.batch import KV, Rule
+from smg_sglang.attention.paged import Heads, PagedKeys, staged
 from smg_sglang.attention.partial import PartialState
 from smg_sglang.errors import ConfigError
 
-DTYPES = (torch.bfloat16, torch.float16)
 #: FlashInfer's own recommendation.
 WORKSPACE_BYTES = 128 << 20
 _LN2 = math.log(2)
 
-
-class Wrapper(Protocol):
-    """What is used of FlashInfer's two paged wrappers."""
-
-    def plan(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def run(
-        self,
-        q: torch.Tensor,
-        paged_kv_cache: tuple[torch.Tensor, torch.Tensor],
-        *,
-        return_lse: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-
-class PagedKeys(NamedTuple):
-    """The page tables of R requests: `indptr` int32 [R + 1] and `last` int32 [R] on the CPU (so
-    that no plan waits for the device), `pages` int32 [indptr[-1]] on the device, and tokens a page.
-    """
-
-    indptr: torch.Tensor
-    pages: torch.Tensor
-    last: torch.Tensor
-    page_size: int
-
-
-class Heads(NamedTuple):
-    """What a layer's kernels are compiled for. dtype: of queries, keys and values."""
-
-    query: int
-    kv: int
-    dim: int
-    dtype: torch.dtype
-
-
-def one_slot_pages(slots: torch.Tensor, lengths: Sequence[int]) -> PagedKeys:
-    """Page tables whose pages are single slots, as SGLang gives them to FlashInfer.
-
-    slots: int32 [sum of lengths] on the device, of one request after another.
-    """
-    return PagedKeys(_indptr(lengths), slots, torch.ones(len(lengths), dtype=torch.int32), 1)
-
-
-def whole_pages(pages: int, page_size: int, device: torch.device) -> PagedKeys:
-    """The page table of one request in the first pages of a buffer, in their order."""
-    table = torch.arange(pages, dtype=torch.int32, device=device)
-    last = torch.tensor([page_size], dtype=torch.int32)
-    return PagedKeys(_indptr([pages]), table, last, page_size)
+Make = Callable[[torch.Tensor, str], Any]
 
 
 class Wrappers:
-    """FlashInfer's wrappers for one device, and their plans. One thread, one forward at a time.
+    """FlashInfer's wrappers for one device. One thread, one forward at a time.
 
     A plan is copied to the device from page-locked memory of its wrapper, so a wrapper may be
     planned again only when the device is through with the former plan. The CPU may be one forward
@@ -85,24 +40,22 @@ class Wrappers:
     """
 
     def __init__(
-        self,
-        device: torch.device,
-        workspace: torch.Tensor | None = None,
-        backend: str = "fa2",
+        self, device: torch.device, workspace: torch.Tensor | None = None, backend: str = "fa2"
     ) -> None:
         """
         Args:
             workspace: uint8, used by one kernel at a time on the stream of the forward; SGLang's
                 own will do.
-            backend: FlashInfer's, for several queries a request. SGLang takes fa2 too.
+            backend: FlashInfer's, for several queries a request and for latents. SGLang takes
+                fa2 too.
         """
         if workspace is None:
             workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self.device = device
         self._workspace, self._backend = workspace, backend
-        self._sets: list[dict[bool, list[Wrapper]]] = [{True: [], False: []} for _ in range(2)]
+        self._sets: list[dict[Make, list[Any]]] = [{}, {}]
         self._ends: list[Any] = [None, None]
-        self._taken = {True: 0, False: 0}
+        self._taken: Counter[Make] = Counter()
         self._turn = 0
 
     def begin(self) -> None:
@@ -114,18 +67,36 @@ class Wrappers:
         self._turn = 1 - self._turn
         if self._ends[self._turn] is not None:
             self._ends[self._turn].synchronize()
-        self._taken = {True: 0, False: 0}
+        self._taken.clear()
+
+    def _take(self, make: Make) -> Any:
+        """A wrapper of this kind that has no plan of this pass or the one before."""
+        wrappers, taken = self._sets[self._turn].setdefault(make, []), self._taken[make]
+        self._taken[make] += 1
+        if taken == len(wrappers):
+            wrappers.append(make(self._workspace, self._backend))
+        return wrappers[taken]
+
+    def _indptr(self, lengths: Sequence[int]) -> torch.Tensor:
+        """int32 [R + 1] on the CPU, so that no plan waits for the device."""
+        return staged(np.cumsum([0, *lengths], dtype=np.int32), self.device)
+
+
+class PagedKernels(Wrappers):
+    """Keys and values, MHA and GQA."""
 
     def planned(
         self, keys: PagedKeys, new: Sequence[int], rule: Rule, heads: Heads, *, causal: bool
-    ) -> Wrapper:
-        """A wrapper, planned for requests with these keys and so many queries each.
-
-        causal: the queries are the last of the keys. Valid until the forward after the next.
-        """
+    ) -> PagedPlan:
+        """As `paged.Kernels.planned`."""
         single = all(count == 1 for count in new)
-        wrapper = self._wrapper(single)
-        tables = (keys.indptr, keys.pages, keys.last)
+        wrapper = self._take(decode_wrapper if single else prefill_wrapper)
+        last = [(length - 1) % keys.page_size + 1 for length in keys.lengths]
+        tables = (
+            self._indptr(keys.pages_each),
+            keys.pages,
+            staged(np.array(last, np.int32), self.device),
+        )
         shape = (heads.query, heads.kv, heads.dim, keys.page_size)
         options = {
             "sm_scale": rule.scale,
@@ -136,71 +107,96 @@ class Wrappers:
         if single:
             wrapper.plan(*tables, *shape, **options)
         else:
-            wrapper.plan(_indptr(new), *tables, *shape, causal=causal, **options)
-        return wrapper
-
-    def _wrapper(self, single: bool) -> Wrapper:
-        wrappers, taken = self._sets[self._turn][single], self._taken[single]
-        self._taken[single] += 1
-        if taken == len(wrappers):
-            make = decode_wrapper if single else prefill_wrapper
-            wrappers.append(make(self._workspace, self._backend))
-        return wrappers[taken]
+            wrapper.plan(self._indptr(new), *tables, *shape, causal=causal, **options)
+        return PagedPlan(wrapper, keys.page_size)
 
 
-def run(wrapper: Wrapper, q: torch.Tensor, kv: KV, page_size: int) -> PartialState:
-    """Attend q [N, q_heads, dim] to the planned pages of K and V [slots, kv_heads, dim].
+class PagedPlan(NamedTuple):
+    """One of FlashInfer's two wrappers for keys and values, planned."""
 
-    The output has the queries' dtype. Enqueued on the current stream.
-    """
-    # A pool's slots may end with half a page.
-    pages = kv.k.shape[0] // page_size
-    k, v = (x[: pages * page_size].view(pages, page_size, *x.shape[1:]) for x in kv)
-    out, lse = wrapper.run(q, (k, v), return_lse=True)
-    return PartialState(out, lse * _LN2)
+    wrapper: Any
+    page_size: int
+
+    def __call__(self, q: torch.Tensor, kv: KV) -> PartialState:
+        """As `paged.Planned`."""
+        pages = _in_pages(kv.k, self.page_size), _in_pages(kv.v, self.page_size)
+        out, lse = self.wrapper.run(q, pages, return_lse=True)
+        return PartialState(out, lse * _LN2)
 
 
-def prefill_wrapper(workspace: torch.Tensor, backend: str) -> Wrapper:
+class LatentKernels(Wrappers):
+    """Latents (MLA): keys [slots, 1, dim], whose front, v_dim wide, are the values."""
+
+    def planned(
+        self, keys: PagedKeys, new: Sequence[int], rule: Rule, heads: Heads, *, causal: bool
+    ) -> LatentPlan:
+        """As `paged.Kernels.planned`; ConfigError for a logit cap."""
+        from flashinfer.mla import MLAPlanMetadata
+
+        if rule.logit_cap > 0:
+            raise ConfigError(
+                "FlashInfer's kernels for latents (MLA) have no logit cap, which this model asks "
+                "for; leave --smg-stream-context out"
+            )
+        wrapper = self._take(latent_wrapper)
+        wrapper.plan(
+            metadata=MLAPlanMetadata.csr(
+                qo_indptr=self._indptr(new),
+                kv_indptr=self._indptr(keys.pages_each),
+                kv_indices=keys.pages,
+                kv_len_arr=staged(np.array(keys.lengths, np.int32), self.device),
+            ),
+            num_heads=heads.query,
+            head_dim_ckv=heads.v_dim,
+            head_dim_kpe=heads.dim - heads.v_dim,
+            page_size=keys.page_size,
+            causal=causal,
+            sm_scale=rule.scale,
+            q_data_type=heads.dtype,
+            kv_data_type=heads.dtype,
+            lse_mode="base2",
+        )
+        return LatentPlan(wrapper, keys.page_size)
+
+
+class LatentPlan(NamedTuple):
+    """FlashInfer's wrapper for latents, planned."""
+
+    wrapper: Any
+    page_size: int
+
+    def __call__(self, q: torch.Tensor, kv: KV) -> PartialState:
+        """As `paged.Planned`; the kernels take latents without a dimension of heads."""
+        latents = _in_pages(kv.k.squeeze(1), self.page_size)
+        out, lse = self.wrapper.run(query=q, kv_cache=latents, return_lse=True)
+        return PartialState(out, lse * _LN2)
+
+
+def _in_pages(pool: torch.Tensor, page_size: int) -> torch.Tensor:
+    """[slots, ...] as [pages, page_size, ...]; slots may end with half a page."""
+    pages = pool.shape[0] // page_size
+    return pool[: pages * page_size].view(pages, page_size, *pool.shape[1:])
+
+
+def prefill_wrapper(workspace: torch.Tensor, backend: str) -> Any:
     """FlashInfer's for several queries a request."""
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
-    made: Wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=backend)
-    return made
+    return BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=backend)
 
 
-def decode_wrapper(workspace: torch.Tensor, backend: str) -> Wrapper:
+def decode_wrapper(workspace: torch.Tensor, backend: str) -> Any:
     """FlashInfer's for one query a request. Its tensor-core path takes any number of query heads a
     KV head; the other one only some."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
-    made: Wrapper = BatchDecodeWithPagedKVCacheWrapper(
+    return BatchDecodeWithPagedKVCacheWrapper(
         workspace, "NHD", use_tensor_cores=True, backend="fa2"
     )
-    return made
 
 
-def check_dtypes(queries: torch.dtype, keys: torch.dtype) -> None:
-    """Raise ConfigError for what FlashInfer has no kernels for here."""
-    if queries not in DTYPES or keys != queries:
-        names = (str(dtype).removeprefix("torch.") for dtype in (queries, keys))
-        raise ConfigError(
-            "contexts are streamed from host memory on CUDA in bfloat16 or float16, queries and KV "
-            "alike, not {} over {}: choose with --dtype and --kv-cache-dtype auto, or leave "
-            "--smg-stream-context out".format(*names)
-        )
+def latent_wrapper(workspace: torch.Tensor, backend: str) -> Any:
+    """FlashInfer's for latents, whatever the number of queries."""
+    from flashinfer.mla import BatchMLAPagedAttentionWrapper
 
-
-def heads_of(q: torch.Tensor, pool: KV) -> Heads:
-    """What the kernels are compiled for; ConfigError for what FlashInfer does not have."""
-    check_dtypes(q.dtype, pool.k.dtype)
-    if pool.v.shape != pool.k.shape:
-        raise ConfigError(
-            f"values of width {pool.v.shape[2]} beside keys of width {pool.k.shape[2]} (MLA) "
-            "cannot be streamed from host memory on CUDA yet; leave --smg-stream-context out"
-        )
-    return Heads(q.shape[1], pool.k.shape[1], pool.k.shape[2], q.dtype)
-
-
-def _indptr(lengths: Sequence[int]) -> torch.Tensor:
-    ends = np.cumsum(np.asarray(lengths, np.int32), dtype=np.int32)
-    return torch.from_numpy(np.concatenate([np.zeros(1, np.int32), ends]))
+    return BatchMLAPagedAttentionWrapper(workspace, backend=backend)

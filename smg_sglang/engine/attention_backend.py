@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from smg_sglang.errors import ConfigError
 
 NAME = "smg"
@@ -32,6 +34,11 @@ def register() -> None:
             choices.add_attention_backend_choices([name])
         if name not in ATTENTION_BACKENDS:
             register_attention_backend(name)(create)
+    # MLA under our name is prefilled as under FlashInfer's, over prefixes in the cache, too.
+    # SGLang asks before it loads the model, whose device nobody has said here.
+    chunked = choices.CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS
+    if NAME not in chunked and torch.cuda.is_available():
+        choices.add_chunked_prefix_cache_attention_backend(NAME)
 
 
 def asked_in_vain(layer: Any, kwargs: dict[str, Any]) -> list[str]:
@@ -42,7 +49,7 @@ def asked_in_vain(layer: Any, kwargs: dict[str, Any]) -> list[str]:
 
 def create(model_runner: Any) -> Any:
     """Return the backend for this model runner: ours on a CPU; on CUDA SGLang's own for FlashInfer,
-    ours with streams beside it where contexts may be larger than the device.
+    or one of `cuda_attention` where contexts may be larger than the device.
 
     Raises ConfigError for other devices, and for models that cannot be streamed on CUDA.
     """
@@ -65,9 +72,6 @@ def _on_cuda(model_runner: Any) -> Any:
 
     if not flags.chosen(model_runner.server_args).get("stream_context"):
         return ATTENTION_BACKENDS["flashinfer"](model_runner)
-    if model_runner.use_mla_backend:
-        raise ConfigError(flags.NO_MLA)
-    from smg_sglang.engine.cuda_attention import CudaAttentionBackend
+    from smg_sglang.engine import cuda_attention
 
-    # What SGLang's registry does for FlashInfer, but with our subclass of its class.
-    return CudaAttentionBackend(model_runner, init_new_workspace=model_runner.init_new_workspace)
+    return cuda_attention.create(model_runner)

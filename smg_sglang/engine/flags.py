@@ -32,11 +32,6 @@ CPU_MEM_FRACTION = 0.5
 #: resolution and its pickling to the workers (`ServerArgs.__reduce__`).
 ATTRIBUTE = "_smg"
 
-NO_MLA = (
-    "--smg-stream-context does not stream models with latent attention (MLA) on CUDA yet; start "
-    "without it."
-)
-
 #: argparse destination -> `make_config` argument
 _FIELDS = {
     "smg_host_gb": "host_gb",
@@ -347,7 +342,6 @@ def _prepare_cuda_streams(args: ServerArgs) -> None:
         [
             (args.prefill_attention_backend is not None, "--prefill-attention-backend"),
             (args.decode_attention_backend is not None, "--decode-attention-backend"),
-            (args.dtype in ("float32", "float"), f"--dtype {args.dtype} on CUDA"),
             (
                 args.kv_cache_dtype not in ("auto", "bf16", "bfloat16"),
                 f"--kv-cache-dtype {args.kv_cache_dtype} on CUDA",
@@ -366,11 +360,10 @@ def refuse_streams(args: ServerArgs) -> None:
     """Refuse contexts from host memory where resolved arguments or the model rule them out.
 
     Raises:
-        ConfigError: for attention that cannot read host memory, prompts in one piece, embeddings,
-            sliding windows, and MLA on CUDA.
+        ConfigError: for attention that cannot read host memory, prompts in one piece, embeddings
+            and sliding windows.
     """
     from sglang.srt.arg_groups.model_override_base import model_config_of
-    from sglang.srt.configs.model_config import AttentionArch
 
     model = model_config_of(args)
     backends = {args.attention_backend, args.prefill_attention_backend}
@@ -384,8 +377,6 @@ def refuse_streams(args: ServerArgs) -> None:
             (_has_windows(model.hf_text_config), "models with sliding-window layers"),
         ],
     )
-    if model.attention_arch == AttentionArch.MLA and _device_kind(args) == "cuda":
-        raise ConfigError(NO_MLA)
 
 
 def _has_windows(config: Any) -> bool:

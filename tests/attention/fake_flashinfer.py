@@ -1,13 +1,15 @@
-"""FlashInfer's two paged wrappers with float64 references for kernels.
+"""FlashInfer's paged wrappers with float64 references for kernels.
 
-Each call is bound to the signature of the real wrapper that is installed, and the page tables are
-checked as its kernels would take them for granted.
+The two for keys and values are stand-ins: each call is bound to the signature of the real wrapper
+that is installed, and the page tables are checked as its kernels would take them for granted. The
+one for latents is the real one, which checks for itself, over a backend whose kernel is replaced.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,10 @@ import torch
 from .reference import reference
 
 real = pytest.importorskip("flashinfer")
+pytest.importorskip("flashinfer.mla")
+from flashinfer.mla._batch_mla import _wrapper as wrapper  # noqa: E402
+from flashinfer.mla._batch_mla._backends import _fa_common as fa_common  # noqa: E402
+from flashinfer.mla._batch_mla._backends import fa2_backend as fa2  # noqa: E402
 
 
 def bound(function, *args, **kwargs):
@@ -25,15 +31,18 @@ def bound(function, *args, **kwargs):
     return SimpleNamespace(**call.arguments)
 
 
-def check_tables(indptr, indices, last, page_size):
+def check_tables(indptr, indices, last, page_size, *, lengths=False):
+    """last: tokens of each last page, or of all pages of a request."""
     assert indptr.dtype == indices.dtype == last.dtype == torch.int32
     # On the CPU already, or FlashInfer waits for the device.
     assert indptr.device.type == last.device.type == "cpu"
-    lengths = indptr.diff()
-    assert indptr[0] == 0 and indptr[-1] == len(indices) and (lengths > 0).all()
-    assert len(last) == len(lengths)
+    pages = indptr.diff()
+    assert indptr[0] == 0 and indptr[-1] == len(indices) and (pages > 0).all()
+    assert len(last) == len(pages)
+    if lengths:
+        last = last - (pages - 1) * page_size
     assert ((last >= 1) & (last <= page_size)).all()
-    assert len(set(indices.tolist())) == len(indices) or len(lengths) > 1
+    assert len(set(indices.tolist())) == len(indices) or len(pages) > 1
 
 
 class Wrapper:
@@ -108,7 +117,69 @@ class Decode(Wrapper):
         self.keep(queries, (plan.indptr, plan.indices, plan.last_page_len), plan, causal=False)
 
 
+class Latent(fa2._BatchMLAPagedAttentionFa2Backend):
+    """FlashInfer's fa2 for latents, on an H100 that is not there: all but what it compiles."""
+
+    def __init__(self, **options):
+        pinned = torch.empty(8, dtype=torch.uint8)
+        super().__init__(**(options | {"pin_memory_int_workspace_buffer": pinned}))
+
+    def plan(self, **plan):
+        # What the real one does with them, but for the module that it builds.
+        inspect.signature(super().plan).bind(**plan)
+        names = ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr")
+        check_tables(*(plan[name] for name in names[1:]), plan["page_size"], lengths=True)
+        assert plan["qo_indptr"].device.type == "cpu"
+        self.tables = {name: plan[name].tolist() for name in names}
+        self.planned = SimpleNamespace(**plan)
+        self._q_data_type, self._kv_data_type = plan["q_data_type"], plan["kv_data_type"]
+
+    def _run_generated_fa(self, *, q_nope, q_pe, ckv_cache, kpe_cache, return_lse, **more):
+        plan = self.planned
+        self._validate_run_input_dtypes(
+            q_nope=q_nope, q_pe=q_pe, ckv_cache=ckv_cache, kpe_cache=kpe_cache
+        )
+        assert return_lse and not more["return_lse_base_on_e"]
+        assert q_nope.shape[1] == plan.num_heads and ckv_cache.shape[1] == plan.page_size
+        # The kernel reads rows by two strides.
+        assert all(x.stride(-1) == 1 for x in (q_nope, q_pe, ckv_cache, kpe_cache))
+        q, keys = torch.cat([q_nope, q_pe], -1), torch.cat([ckv_cache, kpe_cache], -1)
+        new = torch.tensor(self.tables["qo_indptr"]).diff().tolist()
+        states = [self.request(number, x, keys) for number, x in enumerate(q.split(new))]
+        out = torch.cat([state.out for state in states]).to(q.dtype)
+        return out, torch.cat([state.lse for state in states]).float() / math.log(2)
+
+    def request(self, number, q, keys):
+        begin, end = self.tables["kv_indptr"][number : number + 2]
+        rows = keys[self.tables["kv_indices"][begin:end]].flatten(0, 1)
+        k = rows[: self.tables["kv_len_arr"][number]].unsqueeze(1)
+        v = k[..., : self.planned.head_dim_ckv]
+        return reference(q, k, v, scale=self.planned.sm_scale, causal=self.planned.causal)
+
+
+class LatentWrapper(real.mla.BatchMLAPagedAttentionWrapper):
+    """The real one; counts its plans, and takes no call that it says is deprecated."""
+
+    plans = 0
+
+    def plan(self, **plan):
+        self.plans += 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DeprecationWarning)
+            super().plan(**plan)
+
+    def run(self, **call):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DeprecationWarning)
+            return super().run(**call)
+
+
 def install(monkeypatch):
     """Put the fakes in FlashInfer's place."""
+    monkeypatch.setattr(real.mla, "BatchMLAPagedAttentionWrapper", LatentWrapper)
+    monkeypatch.setitem(wrapper._BACKEND_TYPES, "fa2", Latent)
+    monkeypatch.setattr(fa_common, "get_compute_capability", lambda device: (9, 0))
+    monkeypatch.setattr(fa_common, "get_device_sm_count", lambda device: 132)
+    monkeypatch.setattr(fa_common, "_get_fa_shared_memory_limits", lambda device: (233472, 232448))
     monkeypatch.setattr(real, "BatchPrefillWithPagedKVCacheWrapper", Prefill)
     monkeypatch.setattr(real, "BatchDecodeWithPagedKVCacheWrapper", Decode)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smg_sglang.attention import cpu
+from smg_sglang.attention import cpu, plain
 
 from .reference import assert_same_state, random_qkv, reference
 
@@ -62,7 +62,7 @@ def test_a_logit_cap_bends_the_scores(new, causal):
 
 
 def test_the_plain_path_works_in_blocks(monkeypatch):
-    monkeypatch.setattr(cpu, "_SCORES", 4 * 40 * 3)
+    monkeypatch.setattr(plain, "_SCORES", 4 * 40 * 3)
     q, k, v = random_qkv(10, 40)
     got = cpu.attend(q, k, v, scale=0.125, causal=True, logit_cap=50.0)
     assert_same_state(got, reference(q, k, v, scale=0.125, causal=True, logit_cap=50.0))

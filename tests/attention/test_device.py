@@ -1,4 +1,5 @@
-"""Batches on CUDA, dry: FlashInfer's kernels are float64 references on CPU tensors."""
+"""Batches on CUDA, dry, with each of the kernels: FlashInfer's are float64 references on CPU
+tensors, plain products are what they are on CUDA."""
 
 from __future__ import annotations
 
@@ -8,11 +9,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from smg_sglang.attention import flashinfer
+from smg_sglang.attention import plain
 from smg_sglang.attention.batch import KV, Rule
 from smg_sglang.attention.device import DeviceAttention, joined, slots_of
-from smg_sglang.attention.flashinfer import Wrappers, one_slot_pages
 from smg_sglang.attention.host import HostRun
+from smg_sglang.attention.kernels import Kind, check_dtypes, kind_of, make_kernels
+from smg_sglang.attention.paged import Heads, PagedKeys, heads_of, one_slot_pages, whole_pages
 from smg_sglang.attention.partial import PartialState
 from smg_sglang.errors import ConfigError
 from tests.interpreter import interpreted
@@ -29,8 +31,15 @@ def kernels(monkeypatch):
     fake_flashinfer.install(monkeypatch)
 
 
-def make_attention():
-    return DeviceAttention(Wrappers(CPU, torch.empty(16, dtype=torch.uint8)))
+def kernels_for(world, q_heads):
+    """What a model of this shape would get, on a CPU."""
+    (_, kv_heads, dim), v_dim = world.k[0].shape, world.v[0].shape[2]
+    kind = kind_of(Heads(q_heads, kv_heads, dim, v_dim, world.dtype), world.mla)
+    return make_kernels(kind, CPU, torch.empty(16, dtype=torch.uint8))
+
+
+def make_attention(world, q_heads):
+    return DeviceAttention(kernels_for(world, q_heads))
 
 
 def plan_of(world, attention, device=CPU):
@@ -46,8 +55,11 @@ def check(world, attention, q_heads, rule, device=CPU):
     new = list(plan.new)
     for layer in range(LAYERS):
         q = torch.randn(sum(new), q_heads, world.k[0].shape[2]).to(world.dtype)
-        pool = KV(world.k[layer].to(device), world.v[layer].to(device))
-        out = torch.full_like(q, torch.nan, device=device)
+        k = world.k[layer].to(device)
+        v = k[..., : world.v[0].shape[2]] if world.mla else world.v[layer].to(device)
+        pool = KV(k, v)
+        shape = (*q.shape[:2], world.v[0].shape[2])
+        out = torch.full(shape, torch.nan, dtype=q.dtype, device=device)
         attention.attend(q.to(device), pool, plan, rule, out, layer)
         outs = out.cpu().split(new)
         for number, (queries, got) in enumerate(zip(q.split(new), outs, strict=True)):
@@ -64,30 +76,105 @@ requests = st.tuples(
 )
 
 
+#: Shapes of each kind (query and KV heads, widths of keys and values, dtypes, MLA), and the kind
+#: that is to be chosen for them.
+HALVES = [torch.bfloat16, torch.float16]
+MHA = [(1, 1), (4, 4), (9, 3), (32, 1)]
+SHAPES = {
+    Kind.PAGED: (MHA, [(64, 64), (128, 128), (256, 256)], HALVES, [False]),
+    Kind.LATENT: ([(1, 1), (16, 1), (128, 1)], [(576, 512), (192, 128)], HALVES, [True]),
+    Kind.EXACT: (MHA, [(64, 64), (80, 80), (192, 128), (96, 160)], [torch.float32], [False]),
+}
+ODD = {
+    "latents in float32": (16, 576, 512, torch.float32, True),
+    "latents of odd sizes": (40, 288, 256, torch.bfloat16, True),
+    "latents under heads that do not divide a tile": (20, 576, 512, torch.bfloat16, True),
+    "values of another width": (4, 192, 128, torch.bfloat16, False),
+}
+
+
+@st.composite
+def shapes(draw):
+    kind = draw(st.sampled_from(list(SHAPES)))
+    heads, dims, dtypes, latent = (draw(st.sampled_from(of)) for of in SHAPES[kind])
+    return kind, {"heads": heads, "dims": dims, "dtype": dtypes, "mla": latent}
+
+
+def check_shape(batch, shape, causal, **how):
+    """A batch with the kernels that are chosen; their kind's plan."""
+    batch = [(pages, tail + new, new) for pages, tail, new in batch]
+    world = World(batch, **shape, **how)
+    q_heads, scale = shape["heads"][0], shape["dims"][0] ** -0.5
+    try:
+        attention = make_attention(world, q_heads)
+        for _ in range(3):
+            check(world, attention, q_heads, Rule(scale, causal))
+    finally:
+        world.close()
+
+
 @given(
     batch=st.lists(requests, min_size=1, max_size=4),
-    heads=st.sampled_from([(1, 1), (4, 4), (9, 3), (32, 1)]),
-    dim=st.sampled_from([64, 128, 256]),
-    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    shape=shapes(),
     page_size=st.sampled_from([1, 4, 16]),
     segment_pages=st.sampled_from([1, 2, 5]),
     causal=st.booleans(),
 )
 @settings(
-    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_host_pages_and_slots_together_are_the_whole(
-    *, batch, heads, dim, dtype, page_size, segment_pages, causal
+    *, batch, shape, page_size, segment_pages, causal
 ):
-    batch = [(pages, tail + new, new) for pages, tail, new in batch]
-    world = World(batch, heads=heads, dims=(dim, dim), dtype=dtype, page_size=page_size,
-                  segment_pages=segment_pages)  # fmt: skip
-    try:
-        attention = make_attention()
-        for _ in range(3):
-            check(world, attention, heads[0], Rule(dim**-0.5, causal))
-    finally:
-        world.close()
+    kind, shape = shape
+    heads = Heads(*shape["heads"], *shape["dims"], shape["dtype"])
+    assert kind_of(heads, shape["mla"]) is kind
+    check_shape(batch, shape, causal, page_size=page_size, segment_pages=segment_pages)
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_what_flashinfer_has_no_kernels_for_is_computed_as_plain_products(odd):
+    query, dim, v_dim, dtype, latent = ODD[odd]
+    shape = {"heads": (query, 1), "dims": (dim, v_dim), "dtype": dtype, "mla": latent}
+    assert kind_of(Heads(query, 1, dim, v_dim, dtype), latent) is Kind.EXACT
+    check_shape([(3, 7, 1), (5, 20, 12), (0, 4, 4)], shape, True, page_size=4)
+
+
+def causal_plans(query):
+    """Plans for a prompt at the end of keys of many lengths."""
+    kernels = make_kernels(Kind.LATENT, CPU, torch.empty(16, dtype=torch.uint8))
+    heads = Heads(query, 1, 576, 512, torch.bfloat16)
+    for new in (1, 2, 7, 64, 65, 130):
+        for length in range(new, new + 130):
+            keys = one_slot_pages(torch.arange(length, dtype=torch.int32), [length])
+            yield kernels.planned(keys, [new], Rule(1.0), heads, causal=True)
+
+
+def test_flashinfer_plans_all_lengths_of_latents_under_heads_that_divide_its_tiles():
+    """What it would get wrong it refuses, but not before the lengths are there."""
+    chosen = [
+        heads
+        for heads in range(1, 200)
+        if kind_of(Heads(heads, 1, 576, 512, torch.bfloat16), True) is Kind.LATENT
+    ]
+    assert chosen == [1, 2, 4, 8, 16, 32, 64, 128]
+    for heads in chosen:
+        assert len(list(causal_plans(heads))) == 780
+    with pytest.raises(ValueError, match="would omit a visible key"):
+        list(causal_plans(20))
+
+
+def test_float32_is_as_exact_in_segments_as_in_one(monkeypatch):
+    """Blocks of few queries, and far less than bfloat16's rounding."""
+    monkeypatch.setattr(plain, "_SCORES", 100)
+    world = World([(5, 20, 12)], heads=(4, 2), dims=(64, 64), dtype=torch.float32, page_size=4)
+    attention, q = make_attention(world, 4), torch.randn(12, 4, 64)
+    out = torch.empty_like(q)
+    attention.attend(q, KV(world.k[0], world.v[0]), plan_of(world, attention), Rule(0.125), out)
+    k, v = world.whole(0, 0)
+    want = reference(q, k, v, scale=0.125, causal=True).out
+    torch.testing.assert_close(out.double(), want, atol=2e-6, rtol=2e-6)
+    world.close()
 
 
 BATCH = [(3, 7, 1), (5, 20, 12), (0, 4, 4), (3, 9, 1)]
@@ -97,7 +184,8 @@ def run(batch=BATCH, rule=None, **how):
     how = {"heads": (4, 2), "dims": (64, 64), "dtype": torch.bfloat16, "page_size": 4} | how
     world = World(batch, **how)
     try:
-        return check(world, make_attention(), how["heads"][0], rule or Rule(0.125))
+        heads = how["heads"][0]
+        return check(world, make_attention(world, heads), heads, rule or Rule(0.125))
     finally:
         world.close()
 
@@ -106,48 +194,105 @@ def test_a_logit_cap_bends_the_scores_of_host_pages_too():
     run(rule=Rule(1.0, logit_cap=5.0))
 
 
-def test_a_shape_is_planned_once_a_pass_whatever_the_layers_and_requests():
-    plan = run(segment_pages=2, arenas=1)
+MLA = {"heads": (16, 1), "dims": (576, 512), "mla": True}
+
+
+@pytest.mark.parametrize("how", [{}, MLA], ids=["keys and values", "latents"])
+def test_a_shape_is_planned_once_a_pass_whatever_the_layers_and_requests(how):
+    plan = run(segment_pages=2, arenas=1, **how)
     shapes = {key[1:3] for key in plan.planned if key[0] == "host"}
     # Two pages at a time, then the last one; for one query, and for twelve.
     assert shapes == {(2, 1), (1, 1), (2, 12), (1, 12)}
     assert len(plan.planned) == 5
-    assert all(wrapper.plans == 1 for wrapper in plan.planned.values())
+    assert all(planned.wrapper.plans == 1 for planned in plan.planned.values())
 
 
-def test_passes_take_turns_with_two_sets_of_wrappers():
-    world = World(BATCH, heads=(4, 2), dims=(64, 64), dtype=torch.bfloat16, page_size=4, arenas=1)
-    attention = make_attention()
-    seen = [set(check(world, attention, 4, Rule(0.125)).planned.values()) for _ in range(4)]
+@pytest.mark.parametrize("how", [{}, MLA], ids=["keys and values", "latents"])
+def test_passes_take_turns_with_two_sets_of_wrappers(how):
+    how = {"heads": (4, 2), "dims": (64, 64)} | how
+    world = World(BATCH, dtype=torch.bfloat16, page_size=4, arenas=1, **how)
+    heads = how["heads"][0]
+    attention = make_attention(world, heads)
+    seen = [
+        {
+            planned.wrapper
+            for planned in check(world, attention, heads, Rule(0.125)).planned.values()
+        }
+        for _ in range(4)
+    ]
     assert seen[0] == seen[2] and seen[1] == seen[3] and not seen[0] & seen[1]
     world.close()
 
 
 def test_a_batch_of_single_queries_takes_the_decode_wrapper():
     plan = run([(3, 7, 1), (0, 5, 1)])
-    assert {type(wrapper) for wrapper in plan.planned.values()} == {fake_flashinfer.Decode}
+    kinds = {type(planned.wrapper) for planned in plan.planned.values()}
+    assert kinds == {fake_flashinfer.Decode}
 
 
-def test_what_flashinfer_cannot_do_is_refused():
-    q, k, v = random_qkv(3, 5)
-    with pytest.raises(ConfigError, match=r"bfloat16 or float16, .*not float32 over float32"):
-        flashinfer.heads_of(q, KV(k, v))
-    with pytest.raises(ConfigError, match="not float16 over bfloat16"):
-        flashinfer.heads_of(q.half(), KV(k.bfloat16(), v.bfloat16()))
-    with pytest.raises(ConfigError, match="MLA"):
-        flashinfer.heads_of(q.half(), KV(k.half(), k.half()[..., :32]))
+@pytest.mark.parametrize(
+    ("queries", "keys", "named"),
+    [
+        (torch.float32, torch.bfloat16, "not float32 over bfloat16"),
+        (torch.float16, torch.bfloat16, "not float16 over bfloat16"),
+        (torch.bfloat16, torch.float8_e4m3fn, "not bfloat16 over float8_e4m3fn"),
+        (torch.float64, torch.float64, "not float64 over float64"),
+    ],
+)
+def test_queries_and_keys_of_different_dtypes_are_refused(queries, keys, named):
+    with pytest.raises(ConfigError, match=named):
+        check_dtypes(queries, keys)
 
 
+def test_a_logit_cap_over_latents_is_refused():
+    with pytest.raises(ConfigError, match="logit cap"):
+        run(rule=Rule(1.0, logit_cap=5.0), **MLA)
+
+
+@pytest.mark.parametrize("kind", Kind)
 @pytest.mark.parametrize("queries", [1, 6])
-def test_the_log_sum_exp_is_natural(queries):
-    q, k, v = random_qkv(queries, 12, dtype=torch.float16)
-    wrappers = Wrappers(CPU, torch.empty(16, dtype=torch.uint8))
-    heads = flashinfer.heads_of(q, KV(k, v))
-    keys = flashinfer.whole_pages(3, 4, CPU)
-    wrapper = wrappers.planned(keys, [queries], Rule(0.125), heads, causal=False)
-    got = flashinfer.run(wrapper, q, KV(k, v), 4)
+def test_the_log_sum_exp_is_natural(queries, kind):
+    latent = kind is Kind.LATENT
+    heads, dims = ((16, 1), (192, 192)) if latent else ((4, 2), (64, 64))
+    q, k, v = random_qkv(queries, 12, heads, dims, torch.float16)
+    if latent:
+        v = k[..., :128]
+    kernels = make_kernels(kind, CPU, torch.empty(16, dtype=torch.uint8))
+    keys = whole_pages(3, 4, CPU)
+    planned = kernels.planned(keys, [queries], Rule(0.125), heads_of(q, KV(k, v)), causal=False)
+    got = planned(q, KV(k, v))
     assert_same_state(got, reference(q, k, v, scale=0.125), torch.float16)
-    assert got.lse.dtype == torch.float32
+    assert got.lse.dtype == torch.float32 and got.out.dtype == torch.float16
+
+
+@given(
+    lengths=st.lists(st.sampled_from([1, 2, 3, 4, 5, 8, 17]), min_size=1, max_size=4),
+    page_size=st.sampled_from([1, 2, 4]),
+    kind=st.sampled_from(Kind),
+    causal=st.booleans(),
+)
+@settings(
+    deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_scattered_pages_that_are_filled_in_part_are_read_to_their_last_token(
+    lengths, page_size, kind, causal
+):
+    """In a pool that ends with half a page."""
+    latent = kind is Kind.LATENT
+    heads, dims = ((16, 1), (192, 192)) if latent else ((4, 2), (64, 64))
+    rooms = [-(-length // page_size) for length in lengths]
+    table = torch.randperm(sum(rooms) + 2)[: sum(rooms)].int()
+    new = [min(length, 3) for length in lengths]
+    q, k, v = random_qkv(sum(new), (sum(rooms) + 2) * page_size + 1, heads, dims, torch.float16)
+    v = k[..., :128] if latent else v
+    kernels = make_kernels(kind, CPU, torch.empty(16, dtype=torch.uint8))
+    keys, shape = PagedKeys(lengths, table, page_size), heads_of(q, KV(k, v))
+    got = kernels.planned(keys, new, Rule(0.125), shape, causal=causal)(q, KV(k, v))
+    parts = zip(*(x.split(new) for x in (q, *got)), table.split(rooms), lengths, strict=True)
+    for queries, out, lse, pages, length in parts:
+        slots = (pages.long()[:, None] * page_size + torch.arange(page_size)).flatten()[:length]
+        want = reference(queries, k[slots], v[slots], scale=0.125, causal=causal)
+        assert_same_state(PartialState(out, lse), want, torch.float16)
 
 
 def test_parts_of_rows_of_the_table_come_one_after_another():

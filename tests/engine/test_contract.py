@@ -134,6 +134,56 @@ SIGNATURES = [
         "self forward_batch",
     ),
     (
+        "cuda_attention.py",
+        "layers.attention.flashinfer_mla_backend.FlashInferMLAAttnBackend.__init__",
+        "self model_runner skip_prefill kv_indptr_buf q_indptr_decode_buf",
+    ),
+    (
+        "cuda_attention.py",
+        "layers.attention.flashinfer_mla_backend.FlashInferMLAAttnBackend.forward_extend",
+        "self q k v layer forward_batch save_kv_cache q_rope k_rope",
+    ),
+    (
+        "cuda_attention.py",
+        "layers.attention.flashinfer_mla_backend.FlashInferMLAAttnBackend.forward_decode",
+        "self q k v layer forward_batch save_kv_cache q_rope k_rope",
+    ),
+    (
+        "cuda_attention.py",
+        "layers.attention.flashinfer_mla_backend.FlashInferMLAAttnBackend.init_forward_metadata",
+        "self forward_batch",
+    ),
+    (
+        "cuda_attention.py",
+        "layers.attention.triton_backend.TritonAttnBackend.__init__",
+        "self model_runner skip_prefill kv_indptr_buf dllm_fa4",
+    ),
+    (
+        "cuda_attention.py",
+        "layers.attention.triton_backend.TritonAttnBackend.forward_extend",
+        "self q k v layer forward_batch save_kv_cache sinks score_mod aux_tensors",
+    ),
+    (
+        "cuda_attention.py",
+        "layers.attention.triton_backend.TritonAttnBackend.forward_decode",
+        "self q k v layer forward_batch save_kv_cache sinks score_mod aux_tensors",
+    ),
+    (
+        "cuda_attention.py",
+        "layers.attention.triton_backend.TritonAttnBackend.init_forward_metadata",
+        "self forward_batch",
+    ),
+    (
+        "cuda_attention.py",
+        "mem_cache.memory_pool.MLATokenToKVPool.set_mla_kv_buffer",
+        "self layer loc_info cache_k_nope cache_k_rope layer_id_override",
+    ),
+    (
+        "cuda_attention.py",
+        "models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.register",
+        "backend_name handler_func",
+    ),
+    (
         "attention_backend.py",
         "layers.attention.attention_registry.register_attention_backend",
         "name",
@@ -331,3 +381,27 @@ def test_an_eager_batch_names_its_requests_and_is_planned_as_it_is_computed():
         planned = source.index("attn_backend.init_forward_metadata(forward_batch)")
         assert source.index("forward_batch = self.load_batch") < planned
         assert planned < source.index("model_runner.model.forward(")
+
+
+@needed_by("engine/cuda_attention.py")
+def test_models_with_latents_ask_the_backend_for_its_name_and_the_registry_by_it():
+    from sglang.srt.models import deepseek_v2
+    from sglang.srt.models.deepseek_common import attention_forward_methods
+
+    dispatch = inspect.getsource(deepseek_v2.DeepseekV2AttentionMLA.dispatch_attn_forward_method)
+    assert "backend.prefill_attention_backend_str or" in dispatch
+    assert "backend.decode_attention_backend_str or" in dispatch
+    assert "handler = AttentionBackendRegistry.get_handler(attention_backend)" in dispatch
+    core = inspect.getsource(attention_forward_methods.DeepseekMLAForwardMixin.forward_absorb_core)
+    assert "self.attn_mqa(\n" in core
+
+
+@needed_by("engine/attention_backend.py")
+def test_the_model_runner_asks_which_backends_expand_prefixes_of_latents():
+    from sglang.srt.arg_groups import choices
+    from sglang.srt.model_executor.model_runner_components import misc_utils
+
+    gate = inspect.getsource(misc_utils.maybe_disable_chunked_prefix_cache)
+    assert "not in CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS" in gate
+    listed = misc_utils.CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS
+    assert listed is choices.CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS

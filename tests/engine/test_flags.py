@@ -169,7 +169,6 @@ def test_streams_on_a_cpu_leave_the_choice_to_the_platform(caplog):
         ({"attention_backend": "fa3"}, "--attention-backend fa3"),
         ({"prefill_attention_backend": "fa3"}, "--prefill-attention-backend"),
         ({"decode_attention_backend": "triton"}, "--decode-attention-backend"),
-        ({"dtype": "float32"}, "--dtype float32"),
         ({"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3"),
         ({"enable_dp_attention": True}, "--enable-dp-attention"),
         ({"enable_two_batch_overlap": True}, "--enable-two-batch-overlap"),
@@ -185,21 +184,15 @@ def test_streams_on_another_device_are_refused():
         flags.configure(make_args(device="npu"), STREAMS, origin="engine")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_latent_attention_is_streamed_on_a_cpu_only(device, monkeypatch):
+def test_latent_attention_is_streamed_in_every_dtype(device, dtype, monkeypatch):
     from sglang.srt.arg_groups import model_override_base
-    from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.mem_cache import kv_cache_builder
 
-    model = SimpleNamespace(
-        is_hybrid_swa=False, attention_arch=AttentionArch.MLA, hf_text_config=SimpleNamespace()
-    )
+    model = SimpleNamespace(is_hybrid_swa=False, hf_text_config=SimpleNamespace(kv_lora_rank=512))
     monkeypatch.setattr(model_override_base, "model_config_of", lambda _: model)
     monkeypatch.setattr(kv_cache_builder, "uses_ssm_state", lambda _: False)
-    record = make_args(device=device, chunked_prefill_size=2048, is_embedding=False)
+    record = make_args(device=device, dtype=dtype, chunked_prefill_size=2048, is_embedding=False)
     flags.configure(record, STREAMS, origin="engine")
-    if device == "cpu":
-        flags.refuse_model(record)
-        return
-    with pytest.raises(ConfigError, match="MLA"):
-        flags.refuse_model(record)
+    flags.refuse_model(record)
