@@ -39,6 +39,23 @@ def tiny_model_bf16() -> Path:
     return random_llama(Recipe(dtype="bfloat16"))
 
 
+@pytest.fixture(scope="session")
+def tiny_mla_bf16() -> Path:
+    """A random 4-layer DeepSeek-V2 in bf16, without experts; its heads and latents are as wide as
+    DeepSeek's."""
+    from tools.random_deepseek import Recipe, random_deepseek
+
+    return random_deepseek(Recipe(dtype="bfloat16"))
+
+
+@pytest.fixture(scope="session")
+def tiny_mla() -> Path:
+    """A random 4-layer DeepSeek-V2 in fp32 with small latents."""
+    from tools.random_deepseek import Recipe, random_deepseek
+
+    return random_deepseek(Recipe(dtype="float32", latent=128, nope=64, value=64))
+
+
 @pytest.fixture
 def cuda(monkeypatch):
     """A CUDA device that is not there: streams and events with an order, kernels in Triton's

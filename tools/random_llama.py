@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,38 @@ def random_llama(recipe: Recipe | None = None) -> Path:
 
 
 def _build(recipe: Recipe, folder: Path) -> None:
+    config = _config(recipe, demo_config())
+    write_model(folder, config, _tensors(recipe, config["vocab_size"]), recipe.dtype)
+
+
+def demo_config() -> dict[str, Any]:
+    """Of the model whose tokenizer random models have."""
+    config: dict[str, Any] = json.loads((demo_model() / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def write_model(
+    folder: Path, config: dict[str, Any], tensors: Iterator[tuple[str, np.ndarray]], dtype: str
+) -> None:
+    """A model folder with these weights and the demo tokenizer."""
     demo = demo_model()
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(demo / name, folder / name)
     shutil.copyfile(demo / "generation_config.json", folder / "generation_config.json")
-    config = _config(recipe, json.loads((demo / "config.json").read_text(encoding="utf-8")))
     write_json(folder / "config.json", config)
-    tensors = dict(_tensors(recipe, config["vocab_size"]))
-    write_weights(folder / "model.safetensors", tensors, recipe.dtype)
+    write_weights(folder / "model.safetensors", dict(tensors), dtype)
+
+
+def make_linear(seed: int) -> tuple[np.random.Generator, Callable[..., np.ndarray]]:
+    """Numbers in the order they are asked for, and matrices of them that keep activations near 1,
+    times a gain."""
+    rng = np.random.default_rng(seed)
+
+    def linear(rows: int, columns: int, gain: float = 1.0) -> np.ndarray:
+        values = rng.standard_normal((rows, columns), dtype=np.float32)
+        return values * np.float32(gain / columns**0.5)
+
+    return rng, linear
 
 
 def _config(recipe: Recipe, demo: dict[str, Any]) -> dict[str, Any]:
@@ -73,12 +97,7 @@ def _tensors(recipe: Recipe, vocab: int) -> Iterator[tuple[str, np.ndarray]]:
     Scaled so that activations stay near 1 and attention is sharp (the gain on q and k): a wrong
     KV row then changes the text, which is what these models are for.
     """
-    rng = np.random.default_rng(recipe.seed)
-
-    def linear(rows: int, columns: int, gain: float = 1.0) -> np.ndarray:
-        values = rng.standard_normal((rows, columns), dtype=np.float32)
-        return values * np.float32(gain / columns**0.5)
-
+    rng, linear = make_linear(recipe.seed)
     hidden, query = recipe.hidden, recipe.heads * recipe.head_dim
     key_value = recipe.kv_heads * recipe.head_dim
     norm = np.ones(hidden, dtype=np.float32)
