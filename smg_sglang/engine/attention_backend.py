@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from smg_sglang.errors import ConfigError
 
 NAME = "smg"
@@ -34,8 +32,16 @@ def register() -> None:
             choices.add_attention_backend_choices([name])
         if name not in ATTENTION_BACKENDS:
             register_attention_backend(name)(create)
-    # MLA under our name is prefilled as under FlashInfer's, over prefixes in the cache, too.
-    # SGLang asks before it loads the model, whose device nobody has said here.
+
+
+def expand_prefixes() -> None:
+    """Have MLA's prompts expanded over prefixes in the cache, too, as under FlashInfer's name.
+
+    For processes with a model, before SGLang loads it. No model asks on a CPU.
+    """
+    import torch
+    from sglang.srt.arg_groups import choices
+
     chunked = choices.CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS
     if NAME not in chunked and torch.cuda.is_available():
         choices.add_chunked_prefix_cache_attention_backend(NAME)

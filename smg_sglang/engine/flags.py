@@ -32,6 +32,9 @@ CPU_MEM_FRACTION = 0.5
 #: resolution and its pickling to the workers (`ServerArgs.__reduce__`).
 ATTRIBUTE = "_smg"
 
+#: Query tokens times heads, of a chunk of a model with latents (MLA) that is streamed on CUDA.
+LATENT_ROWS = 1 << 20
+
 #: argparse destination -> `make_config` argument
 _FIELDS = {
     "smg_host_gb": "host_gb",
@@ -360,10 +363,11 @@ def refuse_streams(args: ServerArgs) -> None:
     """Refuse contexts from host memory where resolved arguments or the model rule them out.
 
     Raises:
-        ConfigError: for attention that cannot read host memory, prompts in one piece, embeddings
-            and sliding windows.
+        ConfigError: for attention that cannot read host memory, prompts in one piece, embeddings,
+            sliding windows, and on CUDA for MLA in chunks that are too large.
     """
     from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.configs.model_config import AttentionArch
 
     model = model_config_of(args)
     backends = {args.attention_backend, args.prefill_attention_backend}
@@ -377,6 +381,19 @@ def refuse_streams(args: ServerArgs) -> None:
             (_has_windows(model.hf_text_config), "models with sliding-window layers"),
         ],
     )
+    if model.attention_arch == AttentionArch.MLA and _device_kind(args) == "cuda":
+        _refuse_chunks(args.chunked_prefill_size, model.num_attention_heads)
+
+
+def _refuse_chunks(tokens: int, heads: int) -> None:
+    """FlashInfer would refuse them when they come (`_FA_MAX_WORK_ITEMS`: tiles of 128 rows, and it
+    adds some where it splits keys), and the worker would end."""
+    most = LATENT_ROWS // heads
+    if tokens > most:
+        raise ConfigError(
+            f"--smg-stream-context on CUDA computes prompts of this model (MLA, {heads} heads) in "
+            f"chunks of at most {most} tokens, but --chunked-prefill-size is {tokens}"
+        )
 
 
 def _has_windows(config: Any) -> bool:

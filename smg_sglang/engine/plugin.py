@@ -81,9 +81,11 @@ def _register_worker_hooks(hook: Callable[..., None], kind: Any) -> None:
 
 def _register_stream_hooks(hook: Callable[..., None], kind: Any) -> None:
     """Contexts larger than the device: the places where SGLang asks what fits."""
+    from smg_sglang.engine import attention_backend
     from smg_sglang.engine import stream_scheduling as streams
     from smg_sglang.engine.cuda_graphs import around_can_run_graph
 
+    attention_backend.expand_prefixes()
     adder = "managers.schedule_policy.PrefillAdder"
     hook(f"{adder}.add_one_req", streams.around_add_one_req, kind.AROUND)
     hook(f"{adder}.add_chunked_req", streams.around_add_chunked_req, kind.AROUND)

@@ -16,6 +16,7 @@ from smg_sglang.attention.host import HostRun
 from smg_sglang.attention.kernels import Kind, check_dtypes, kind_of, make_kernels
 from smg_sglang.attention.paged import Heads, PagedKeys, heads_of, one_slot_pages, whole_pages
 from smg_sglang.attention.partial import PartialState
+from smg_sglang.engine import flags
 from smg_sglang.errors import ConfigError
 from tests.interpreter import interpreted
 
@@ -162,6 +163,16 @@ def test_flashinfer_plans_all_lengths_of_latents_under_heads_that_divide_its_til
         assert len(list(causal_plans(heads))) == 780
     with pytest.raises(ValueError, match="would omit a visible key"):
         list(causal_plans(20))
+
+
+@pytest.mark.parametrize("heads", [1, 16, 128])
+def test_flashinfer_plans_the_largest_chunk_that_is_allowed(heads):
+    new = flags.LATENT_ROWS // heads
+    kernels = make_kernels(Kind.LATENT, CPU, torch.empty(16, dtype=torch.uint8))
+    shape = Heads(heads, 1, 576, 512, torch.bfloat16)
+    for length, causal in [(new, True), (2 * new, True), (8192, False), (16, False)]:
+        keys = one_slot_pages(torch.arange(length, dtype=torch.int32), [length])
+        kernels.planned(keys, [new], Rule(1.0), shape, causal=causal)
 
 
 def test_float32_is_as_exact_in_segments_as_in_one(monkeypatch):

@@ -20,9 +20,10 @@ from sglang.srt.models.deepseek_common import attention_backend_handler as handl
 from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
     AttnForwardMethod,
 )
+from sglang.srt.plugins.hook_registry import HookType
 
 from smg_sglang.attention.host import HostRun
-from smg_sglang.engine import attention_backend, cuda_attention, flags
+from smg_sglang.engine import attention_backend, cuda_attention, flags, plugin
 from smg_sglang.engine import streams as stream_table
 from smg_sglang.errors import ConfigError
 from tests.attention import fake_flashinfer
@@ -488,6 +489,6 @@ def test_prefixes_of_latents_are_expanded_in_chunks_as_under_flashinfers_name(cu
     monkeypatch.setattr(choices, "CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS", chunked)
     monkeypatch.setattr(choices, "add_chunked_prefix_cache_attention_backend", chunked.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    attention_backend.register()
-    attention_backend.register()
+    for _ in range(2):
+        plugin._register_stream_hooks(lambda *hook: None, HookType)
     assert chunked.count("smg") == cuda

@@ -184,15 +184,36 @@ def test_streams_on_another_device_are_refused():
         flags.configure(make_args(device="npu"), STREAMS, origin="engine")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_latent_attention_is_streamed_in_every_dtype(device, dtype, monkeypatch):
+@pytest.fixture
+def latent_model(monkeypatch):
     from sglang.srt.arg_groups import model_override_base
+    from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.mem_cache import kv_cache_builder
 
-    model = SimpleNamespace(is_hybrid_swa=False, hf_text_config=SimpleNamespace(kv_lora_rank=512))
+    model = SimpleNamespace(
+        is_hybrid_swa=False,
+        attention_arch=AttentionArch.MLA,
+        num_attention_heads=128,
+        hf_text_config=SimpleNamespace(),
+    )
     monkeypatch.setattr(model_override_base, "model_config_of", lambda _: model)
     monkeypatch.setattr(kv_cache_builder, "uses_ssm_state", lambda _: False)
-    record = make_args(device=device, dtype=dtype, chunked_prefill_size=2048, is_embedding=False)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_latent_attention_is_streamed_in_every_dtype(latent_model, device, dtype):
+    record = make_args(device=device, dtype=dtype, chunked_prefill_size=8192, is_embedding=False)
     flags.configure(record, STREAMS, origin="engine")
     flags.refuse_model(record)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_chunks_that_flashinfer_has_no_plan_for_are_refused_at_start(latent_model, device):
+    record = make_args(device=device, chunked_prefill_size=8193, is_embedding=False)
+    flags.configure(record, STREAMS, origin="engine")
+    if device == "cpu":
+        flags.refuse_model(record)
+        return
+    with pytest.raises(ConfigError, match="at most 8192 tokens"):
+        flags.refuse_model(record)
