@@ -39,20 +39,25 @@ class Wrappers:
     at the end of the forward that used it last.
     """
 
+    #: FlashInfer's backend that SGLang takes, too: its kernels are compiled then.
+    backend: str
+
     def __init__(
-        self, device: torch.device, workspace: torch.Tensor | None = None, backend: str = "fa2"
+        self,
+        device: torch.device,
+        workspace: torch.Tensor | None = None,
+        backend: str | None = None,
     ) -> None:
         """
         Args:
             workspace: uint8, used by one kernel at a time on the stream of the forward; SGLang's
                 own will do.
-            backend: FlashInfer's, for several queries a request and for latents. SGLang takes
-                fa2 too.
+            backend: FlashInfer's, for several queries a request and for latents.
         """
         if workspace is None:
             workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self.device = device
-        self._workspace, self._backend = workspace, backend
+        self._workspace, self._backend = workspace, backend or self.backend
         self._sets: list[dict[Make, list[Any]]] = [{}, {}]
         self._ends: list[Any] = [None, None]
         self._taken: Counter[Make] = Counter()
@@ -84,6 +89,8 @@ class Wrappers:
 
 class PagedKernels(Wrappers):
     """Keys and values, MHA and GQA."""
+
+    backend = "fa2"
 
     def planned(
         self, keys: PagedKeys, new: Sequence[int], rule: Rule, heads: Heads, *, causal: bool
@@ -125,7 +132,12 @@ class PagedPlan(NamedTuple):
 
 
 class LatentKernels(Wrappers):
-    """Latents (MLA): keys [slots, 1, dim], whose front, v_dim wide, are the values."""
+    """Latents (MLA): keys [slots, 1, dim], whose front, v_dim wide, are the values.
+
+    Given in two parts, as SGLang gives them, so that FlashInfer's choice falls on the same kernels.
+    """
+
+    backend = "auto"
 
     def planned(
         self, keys: PagedKeys, new: Sequence[int], rule: Rule, heads: Heads, *, causal: bool
@@ -154,9 +166,11 @@ class LatentKernels(Wrappers):
             sm_scale=rule.scale,
             q_data_type=heads.dtype,
             kv_data_type=heads.dtype,
+            query_layout="split",
+            kv_cache_layout="split",
             lse_mode="base2",
         )
-        return LatentPlan(wrapper, keys.page_size)
+        return LatentPlan(wrapper, keys.page_size, heads.v_dim)
 
 
 class LatentPlan(NamedTuple):
@@ -164,11 +178,13 @@ class LatentPlan(NamedTuple):
 
     wrapper: Any
     page_size: int
+    v_dim: int
 
     def __call__(self, q: torch.Tensor, kv: KV) -> PartialState:
         """As `paged.Planned`; the kernels take latents without a dimension of heads."""
         latents = _in_pages(kv.k.squeeze(1), self.page_size)
-        out, lse = self.wrapper.run(query=q, kv_cache=latents, return_lse=True)
+        query, keys = ((x[..., : self.v_dim], x[..., self.v_dim :]) for x in (q, latents))
+        out, lse = self.wrapper.run(query=query, kv_cache=keys, return_lse=True)
         return PartialState(out, lse * _LN2)
 
 

@@ -42,7 +42,10 @@ def _is_flashinfers_latent(heads: Heads) -> bool:
 
 
 def make_kernels(
-    kind: Kind, device: torch.device, workspace: torch.Tensor | None = None, backend: str = "fa2"
+    kind: Kind,
+    device: torch.device,
+    workspace: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> Kernels:
     """Args: workspace and backend, as for `flashinfer.Wrappers`."""
     if kind is Kind.EXACT:

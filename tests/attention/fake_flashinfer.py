@@ -19,6 +19,7 @@ from .reference import reference
 
 real = pytest.importorskip("flashinfer")
 pytest.importorskip("flashinfer.mla")
+from flashinfer.mla._batch_mla import _auto_policy as auto  # noqa: E402
 from flashinfer.mla._batch_mla import _wrapper as wrapper  # noqa: E402
 from flashinfer.mla._batch_mla._backends import _fa_common as fa_common  # noqa: E402
 from flashinfer.mla._batch_mla._backends import fa2_backend as fa2  # noqa: E402
@@ -178,6 +179,8 @@ def install(monkeypatch):
     """Put the fakes in FlashInfer's place."""
     monkeypatch.setattr(real.mla, "BatchMLAPagedAttentionWrapper", LatentWrapper)
     monkeypatch.setitem(wrapper._BACKEND_TYPES, "fa2", Latent)
+    # For which FlashInfer's choice is fa2.
+    monkeypatch.setattr(auto, "_get_compute_capability", lambda device: (8, 0))
     monkeypatch.setattr(fa_common, "get_compute_capability", lambda device: (9, 0))
     monkeypatch.setattr(fa_common, "get_device_sm_count", lambda device: 132)
     monkeypatch.setattr(fa_common, "_get_fa_shared_memory_limits", lambda device: (233472, 232448))

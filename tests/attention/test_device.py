@@ -143,7 +143,7 @@ def test_what_flashinfer_has_no_kernels_for_is_computed_as_plain_products(odd):
 
 def causal_plans(query):
     """Plans for a prompt at the end of keys of many lengths."""
-    kernels = make_kernels(Kind.LATENT, CPU, torch.empty(16, dtype=torch.uint8))
+    kernels = make_kernels(Kind.LATENT, CPU, torch.empty(16, dtype=torch.uint8), "fa2")
     heads = Heads(query, 1, 576, 512, torch.bfloat16)
     for new in (1, 2, 7, 64, 65, 130):
         for length in range(new, new + 130):

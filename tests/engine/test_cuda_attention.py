@@ -345,14 +345,44 @@ def test_models_go_by_sglangs_name_but_for_batches_that_read_host_memory(stock, 
         assert names() == (name, name)
 
 
-def test_latents_in_host_memory_are_attended_by_queries_that_absorb(stock, make_world):
-    """Whatever the batch: prompts under FlashInfer's name are expanded."""
+@pytest.fixture
+def dispatched(monkeypatch):
+    """How SGLang's DeepSeek computes a batch, and the name it goes by."""
+    from sglang.srt.models import deepseek_v2
+
+    def dispatch(backend, batch):
+        monkeypatch.setattr(deepseek_v2, "get_attn_backend", lambda: backend)
+        monkeypatch.setattr(deepseek_v2, "attention_backends", lambda: ("smg", "smg"))
+        attn = SimpleNamespace(
+            flashinfer_mla_disable_ragged=False,
+            qk_rope_head_dim=64,
+            chunked_prefix_cache_threshold=8192,
+            disable_chunked_prefix_cache=False,
+        )
+        method = deepseek_v2.DeepseekV2AttentionMLA.dispatch_attn_forward_method(attn, batch)
+        return method, attn.current_attention_backend
+
+    monkeypatch.setattr(handlers, "is_cp_active", lambda batch: False)
+    return dispatch
+
+
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_latents_in_host_memory_are_attended_by_queries_that_absorb(
+    stock, make_world, dispatched, prefix
+):
+    """While prompts of others are expanded, as under FlashInfer's name."""
     world = make_world(MIXED, model=LATENT)
-    backend = cuda_attention.create(world.runner)
-    backend.init_forward_metadata(world.batch)
-    handler = handlers.AttentionBackendRegistry.get_handler(backend.prefill_attention_backend_str)
-    assert handler is not handlers.handle_attention_triton
-    assert handler(SimpleNamespace(), world.batch) is AttnForwardMethod.MLA
+    batch, backend = world.batch, cuda_attention.create(world.runner)
+    batch.get_max_chunk_capacity = lambda: 1 << 17
+    batch.extend_prefix_lens_cpu = [prefix] * len(MIXED)
+    backend.init_forward_metadata(batch)
+    assert dispatched(backend, batch) == (AttnForwardMethod.MLA, "smg")
+    batch.rids = ["r2", "of", "others"]
+    backend.init_forward_metadata(batch)
+    expanded = AttnForwardMethod.MLA if prefix else AttnForwardMethod.MHA_ONE_SHOT
+    assert dispatched(backend, batch) == (expanded, "flashinfer")
+    batch.forward_mode = ForwardMode.DECODE
+    assert dispatched(backend, batch) == (AttnForwardMethod.MLA, "flashinfer")
 
 
 def test_keys_that_were_expanded_from_latents_are_refused(stock, make_world):
