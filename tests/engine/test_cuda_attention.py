@@ -64,7 +64,10 @@ FP32 = Model((4, 2), (64, 64), torch.float32, cuda_attention.ExactBackend, Trito
 FP32_MLA = Model(
     (4, 1), (96, 64), torch.float32, cuda_attention.ExactBackend, TritonAttnBackend, True
 )
-MODELS = {"GQA": PAGED, "MLA": LATENT, "GQA, fp32": FP32, "MLA, fp32": FP32_MLA}
+ODD_MLA = Model(
+    (16, 1), (544, 512), torch.bfloat16, cuda_attention.ExactBackend, TritonAttnBackend, True
+)
+MODELS = {"GQA": PAGED, "MLA": LATENT, "GQA, fp32": FP32, "MLA, fp32": FP32_MLA, "odd": ODD_MLA}
 models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
 
