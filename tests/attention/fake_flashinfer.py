@@ -165,6 +165,8 @@ class LatentWrapper(real.mla.BatchMLAPagedAttentionWrapper):
 
     def plan(self, **plan):
         self.plans += 1
+        # SGLang's are, whose workspace is not zeroed, as kernels for packed ones would have it.
+        assert plan["query_layout"] == plan["kv_cache_layout"] == "split"
         with warnings.catch_warnings():
             warnings.simplefilter("error", DeprecationWarning)
             super().plan(**plan)

@@ -83,7 +83,12 @@ HALVES = [torch.bfloat16, torch.float16]
 MHA = [(1, 1), (4, 4), (9, 3), (32, 1)]
 SHAPES = {
     Kind.PAGED: (MHA, [(64, 64), (128, 128), (256, 256)], HALVES, [False]),
-    Kind.LATENT: ([(1, 1), (16, 1), (128, 1)], [(576, 512), (192, 128)], HALVES, [True]),
+    Kind.LATENT: (
+        [(1, 1), (16, 1), (128, 1)],
+        [(576, 512), (192, 128), (256, 128)],
+        HALVES,
+        [True],
+    ),
     Kind.EXACT: (MHA, [(64, 64), (80, 80), (192, 128), (96, 160)], [torch.float32], [False]),
 }
 ODD = {
