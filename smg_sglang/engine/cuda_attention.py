@@ -25,6 +25,7 @@ from sglang.srt.layers.attention.flashinfer_mla_backend import FlashInferMLAAttn
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.runtime_context import get_parallel
 
 from smg_sglang.attention.batch import KV, Rule
 from smg_sglang.attention.device import DeviceAttention, DevicePlan, slots_of
@@ -210,11 +211,11 @@ def create(model_runner: Any) -> Streaming:
 
 
 def _heads(model_runner: Any) -> Heads:
-    """Of the attention over what the pool has: one rank has all, there is no tensor parallelism."""
-    model = model_runner.model_config
-    query = model.num_attention_heads
+    """Of the attention of this rank over what its pool has."""
+    model, ranks = model_runner.model_config, get_parallel().attn_tp_size
+    query = model.num_attention_heads // ranks
     if not model_runner.use_mla_backend:
-        kv = model.get_num_kv_heads(1)
+        kv = model.get_num_kv_heads(ranks)
         return Heads(query, kv, model.head_dim, model.v_head_dim, model_runner.dtype)
     width = model.kv_lora_rank + model.qk_rope_head_dim
     return Heads(query, 1, width, model.kv_lora_rank, model_runner.dtype)

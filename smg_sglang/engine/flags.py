@@ -382,7 +382,7 @@ def refuse_streams(args: ServerArgs) -> None:
         ],
     )
     if model.attention_arch == AttentionArch.MLA and _device_kind(args) == "cuda":
-        _refuse_chunks(args.chunked_prefill_size, model.num_attention_heads)
+        _refuse_chunks(args.chunked_prefill_size, model.num_attention_heads // args.tp_size)
 
 
 def _refuse_chunks(tokens: int, heads: int) -> None:
@@ -391,8 +391,8 @@ def _refuse_chunks(tokens: int, heads: int) -> None:
     most = LATENT_ROWS // heads
     if tokens > most:
         raise ConfigError(
-            f"--smg-stream-context on CUDA computes prompts of this model (MLA, {heads} heads) in "
-            f"chunks of at most {most} tokens, but --chunked-prefill-size is {tokens}"
+            f"--smg-stream-context on CUDA computes prompts of this model (MLA, {heads} heads a rank) "
+            f"in chunks of at most {most} tokens, but --chunked-prefill-size is {tokens}"
         )
 
 

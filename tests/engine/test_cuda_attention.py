@@ -4,7 +4,7 @@ stand-ins, and tensors are on the CPU."""
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -219,7 +219,16 @@ def make_layer(model, number=0, **changes):
 
 
 @pytest.fixture
-def stock(monkeypatch):
+def ranks(monkeypatch):
+    """How many there are, in a list to be changed."""
+    ranks = [1]
+    parallel = lambda: SimpleNamespace(attn_tp_size=ranks[0])  # noqa: E731
+    monkeypatch.setattr(cuda_attention, "get_parallel", parallel)
+    return ranks
+
+
+@pytest.fixture
+def stock(monkeypatch, ranks):
     fake_flashinfer.install(monkeypatch)
     stock = Stock()
     stock.install(monkeypatch)
@@ -502,6 +511,13 @@ def test_each_model_has_the_backend_of_its_kind_over_sglangs(stock, model):
     assert type(backend) is model.backend and isinstance(backend, model.stock)
     # A plan needs the lengths on the CPU, which SGLang's Triton backend does without.
     assert backend.needs_cpu_seq_lens
+
+
+def test_kernels_are_chosen_for_the_heads_of_one_rank(stock, ranks):
+    runner = runner_for(replace(LATENT, heads=(48, 1)))
+    assert type(cuda_attention.create(runner)) is cuda_attention.ExactBackend
+    ranks[0] = 3
+    assert type(cuda_attention.create(runner)) is cuda_attention.LatentBackend
 
 
 def test_the_name_gives_sglangs_own_backend_unless_contexts_are_streamed(stock, monkeypatch):

@@ -22,6 +22,7 @@ def make_args(**changes):
         "radix_cache_backend": None,
         "disable_radix_cache": False,
         "pp_size": 1,
+        "tp_size": 1,
         "disaggregation_mode": "null",
         "speculative_algorithm": None,
         "enable_memory_saver": False,
@@ -217,3 +218,5 @@ def test_chunks_that_flashinfer_has_no_plan_for_are_refused_at_start(latent_mode
         return
     with pytest.raises(ConfigError, match="at most 8192 tokens"):
         flags.refuse_model(record)
+    record.tp_size = 2
+    flags.refuse_model(record)
