@@ -391,8 +391,9 @@ def _refuse_chunks(tokens: int, heads: int) -> None:
     most = LATENT_ROWS // heads
     if tokens > most:
         raise ConfigError(
-            f"--smg-stream-context on CUDA computes prompts of this model (MLA, {heads} heads a rank) "
-            f"in chunks of at most {most} tokens, but --chunked-prefill-size is {tokens}"
+            "--smg-stream-context on CUDA computes prompts of this model (MLA, "
+            f"{heads} heads a rank) in chunks of at most {most} tokens, but "
+            f"--chunked-prefill-size is {tokens}"
         )
 
 
