@@ -561,7 +561,8 @@ def test_whatever_happens_in_whatever_order_no_slot_is_lost_and_kv_is_right(make
 
 
 def test_ranks_have_the_same_tree_after_each_step(make_world):
-    """Where one is slow, fails to copy some pages, and cannot ask its memory for a while."""
+    """Where one is slow, fails to copy some pages or refuses to, and cannot ask its memory for a
+    while."""
     fast = make_world()
     slow = make_world(before_copy=sometimes(random_delay(0.004), fail=0.02))
     with ranks_of(fast, slow) as ranks:
@@ -569,6 +570,7 @@ def test_ranks_have_the_same_tree_after_each_step(make_world):
         slow.tier._timeout_s = 0  # its memory is never in time
         live(ranks, 100, seed=6)
         slow.tier._timeout_s = 0.5
+        slow.tier.ahead.queue = sometimes_refused(slow.tier.ahead.queue, 0.1)
         live(ranks, 400, seed=7)
         assert ranks.all(lambda world: world.tier.counters.prefetched_tokens) > 300
         assert ranks.all(is_free_in_the_end)
@@ -585,3 +587,14 @@ def sometimes(delay, fail):
             raise OSError("no such page")
 
     return before_copy
+
+
+def sometimes_refused(queue, share):
+    rng = random.Random(9)
+
+    def refuse(*args):
+        if rng.random() < share:
+            raise ValueError("pages outside the arena")
+        queue(*args)
+
+    return refuse
