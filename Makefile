@@ -60,6 +60,7 @@ bench-transfer: $(VENV)/.ready ## how fast pages move between device pool and ho
 bench-gpu: $(VENV)/.ready ## copies and attention on a CUDA device; results go to bench/results
 	@$(RUN) bench/transfer.py --device cuda
 	@$(RUN) bench/gpu_attention.py $(ARGS)
+	@$(RUN) -m bench.gpu_context
 
 lint: $(VENV)/.ready ## formatting, lint, types and import layers
 	@$(VENV)/bin/ruff format --check --quiet . || { $(VENV)/bin/ruff format --check .; exit 1; }

@@ -47,16 +47,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quick:
         options.repeats = min(options.repeats, 2)
+    options.pool_tokens = options.tokens // options.share
     return options
 
 
 def start(options: argparse.Namespace, name: str) -> SglangServer:
     """A server; only pool and streaming differ."""
-    pool = options.tokens // options.share if name == STREAMED else options.tokens + 1024
+    pool = options.pool_tokens if name == STREAMED else options.tokens + 1024
     args = ["--max-total-tokens", str(pool), "--chunked-prefill-size", str(options.chunk)]
     if name == STREAMED:
         args.append("--smg-stream-context")
     return start_smg(options, f"context-{name}", args)
+
+
+def some_prompt(rng: random.Random, tokens: int) -> list[int]:
+    return [rng.randrange(1000, 40000) for _ in range(tokens)]
 
 
 async def ask(server: SglangServer, prompt: list[int], answer_tokens: int) -> Answer:
@@ -71,9 +76,9 @@ def measure(
     answers: dict[str, list[Answer]] = {name: [] for name in servers}
     rng = random.Random(1)
     for server in servers.values():
-        asyncio.run(ask(server, [rng.randrange(1000, 40000) for _ in range(600)], 8))
+        asyncio.run(ask(server, some_prompt(rng, 600), 8))
     for repeat in range(options.repeats):
-        prompt = [rng.randrange(1000, 40000) for _ in range(options.tokens)]
+        prompt = some_prompt(rng, options.tokens)
         order = list(servers) if repeat % 2 else list(servers)[::-1]
         for name in order:
             with console.status(f"repeat {repeat + 1} of {options.repeats}: {name}"):
@@ -100,8 +105,8 @@ def summarise(answers: dict[str, list[Answer]], options: argparse.Namespace) -> 
 
 
 def print_table(console: Console, results: dict[str, Any], options: argparse.Namespace) -> None:
-    pool = options.tokens // options.share
-    table = Table(title=f"prompts of {options.tokens:,} tokens; the small pool holds {pool:,}")
+    pool = f"the small pool holds {options.pool_tokens:,}"
+    table = Table(title=f"prompts of {options.tokens:,} tokens; {pool}")
     for heading in ("", "prefill tok/s", "decode tok/s"):
         table.add_column(heading)
     for name, kinds in results["spread"].items():
@@ -143,12 +148,17 @@ def main(arguments: list[str]) -> int:
     console.print("starting two servers")
     with started({name: partial(start, options, name) for name in (POOL, STREAMED)}) as servers:
         results |= summarise(measure(console, servers, options), options)
+    write(console, results, options)
+    return 0
+
+
+def write(console: Console, results: dict[str, Any], options: argparse.Namespace) -> None:
+    """The table, the JSON and the figure."""
     print_table(console, results, options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     plot(results, options.out.with_suffix(".png"))
     console.print(f"{options.out}\n{options.out.with_suffix('.png')}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -41,6 +41,13 @@ def random_llama(recipe: Recipe | None = None) -> Path:
     return ensure_folder(recipe.folder_name(), lambda folder: _build(recipe, folder))
 
 
+def llama_without_weights(recipe: Recipe) -> Path:
+    """A model folder of that shape for `--load-format dummy`, where only speed matters."""
+    config = _config(recipe, demo_config())
+    name = f"shape-of-{recipe.folder_name()}"
+    return ensure_folder(name, lambda folder: write_config(folder, config))
+
+
 def _build(recipe: Recipe, folder: Path) -> None:
     config = _config(recipe, demo_config())
     write_model(folder, config, _tensors(recipe, config["vocab_size"]), recipe.dtype)
@@ -56,12 +63,17 @@ def write_model(
     folder: Path, config: dict[str, Any], tensors: Iterator[tuple[str, np.ndarray]], dtype: str
 ) -> None:
     """A model folder with these weights and the demo tokenizer."""
+    write_config(folder, config)
+    write_weights(folder / "model.safetensors", dict(tensors), dtype)
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """All of a model folder but its weights, with the demo tokenizer."""
     demo = demo_model()
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(demo / name, folder / name)
     shutil.copyfile(demo / "generation_config.json", folder / "generation_config.json")
     write_json(folder / "config.json", config)
-    write_weights(folder / "model.safetensors", dict(tensors), dtype)
 
 
 def make_linear(seed: int) -> tuple[np.random.Generator, Callable[..., np.ndarray]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-PACKAGES = ("sglang", "torch", "numba", "numpy", "smg_sglang")
+PACKAGES = ("sglang", "torch", "flashinfer-python", "numba", "numpy", "smg_sglang")
 
 #: The commit, and "-dirty" where tracked files are not as they are in it.
 COMMIT = ("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
