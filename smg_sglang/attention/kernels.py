@@ -30,7 +30,9 @@ def kind_of(heads: Heads, latent: bool) -> Kind:
         return Kind.EXACT
     if latent:
         return Kind.LATENT if _is_flashinfers_latent(heads) else Kind.EXACT
-    return Kind.PAGED if heads.v_dim == heads.dim else Kind.EXACT
+    # FlashInfer's FA2 loads and stores whole 64s of a head (`prefill.cuh`), and says nothing.
+    whole = heads.v_dim == heads.dim and heads.dim % 64 == 0
+    return Kind.PAGED if whole else Kind.EXACT
 
 
 def _is_flashinfers_latent(heads: Heads) -> bool:

@@ -189,11 +189,9 @@ class SmgRadixCache(UnifiedRadixCache):
 
     def least_of_ranks(self, *facts: int) -> list[int]:
         """The least that any rank knows of each, by SGLang's own collective: all ranks enter it."""
-        if self.tp_world_size > 1 and facts:
-            known = torch.tensor(facts, dtype=torch.int64)
-            self._all_reduce_attn_groups(known, torch.distributed.ReduceOp.MIN)
-            return list(map(int, known.tolist()))
-        return list(facts)
+        known = torch.tensor(facts, dtype=torch.int64)
+        self._all_reduce_attn_groups(known, torch.distributed.ReduceOp.MIN)
+        return list(map(int, known.tolist()))
 
     # ---- requests that wait ----
 

@@ -297,6 +297,7 @@ def _refuse_flags(args: ServerArgs) -> None:
             (args.radix_cache_backend is not None, "--radix-cache-backend"),
             (args.disable_radix_cache, "--disable-radix-cache"),
             (args.pp_size > 1, "--pp-size above 1"),
+            (args.attn_cp_size > 1, "--attn-cp-size above 1"),
             (args.disaggregation_mode not in (None, "null"), "--disaggregation-mode"),
             (args.speculative_algorithm is not None, "--speculative-algorithm"),
             # It unmaps the pool while pages may be on their way.

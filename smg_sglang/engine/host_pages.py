@@ -66,14 +66,20 @@ class HostPages:
         mover: Mover,
         *,
         timeout_s: float,
+        ranks: int = 1,
         before_copy: BeforeCopy | None = None,
     ) -> None:
-        """connection: the scheduler's, or None while the server is away."""
+        """
+        Args:
+            connection: the scheduler's, or None while the server is away.
+            ranks: how many workers do the same at the same time.
+        """
         self._connection = connection
         self._release = release
         self._mover = mover
         self._page_size = mover.layout.page_size
         self._timeout_s = timeout_s
+        self._ranks = ranks
         self._before_copy = before_copy
         self.counters = SpillCounters()
         """Of copies on this thread; those of the spill thread have theirs."""
@@ -184,15 +190,21 @@ class HostPages:
     def _own(self, slots: torch.Tensor) -> Held:
         pages = slots.numel() // self._page_size
         size = pages * self._mover.layout.page_bytes
-        if box_memory().available < size + SPARE_BYTES:
+        # All ranks look before any of them takes.
+        if box_memory().available < size * self._ranks + SPARE_BYTES:
             raise MemoryUnavailable(
                 f"host memory has no room for {pages * self._page_size} tokens "
                 f"({size / 2**20:.0f} MiB) more of a long context"
             )
         # Whole pages of the operating system: the driver page-locks no others side by side.
-        arena = np.frombuffer(mmap.mmap(-1, size), np.uint8)
         offsets = np.arange(pages, dtype=np.int64) * self._mover.layout.page_bytes
-        self._copy(slots, arena, offsets)
+        try:
+            arena = np.frombuffer(mmap.mmap(-1, size), np.uint8)
+            self._copy(slots, arena, offsets)
+        except Exception as error:
+            # Nothing of ours may end the scheduler.
+            logger.exception("smg: pages of a long context were not copied")
+            raise CopyFailed(pages) from error
         return self._held(arena, offsets, None)
 
     def _copy(self, slots: torch.Tensor, arena: np.ndarray, offsets: np.ndarray) -> None:

@@ -126,6 +126,7 @@ class HostTier:
             self.release,
             self._mover,
             timeout_s=self._timeout_s,
+            ranks=namespace.tp_size,
             before_copy=before_copy,
         )
         self._loads = LayerLoads(self._mover, before_copy)
@@ -263,9 +264,12 @@ class HostTier:
             self._loads.queue(rid, slots, lease.arena.buffer, offsets, keep_alive=lease)
         except ValueError:
             # Nothing of ours may end the scheduler; two requests of one id would come here.
-            logger.exception("smg: a load was refused; its tokens are computed")
-            self.release(lease)
-            return False
+            logger.exception("smg: a load was refused")
+            if self._one_rank or rid in self._queued:
+                self.release(lease)
+                return False
+            # The others load: that it has failed is agreed on when they have.
+            self._loads.queue_failed(rid, keep_alive=lease)
         self._queued[rid] = lease
         self.counters.hit_tokens["host"] += pages * self._page_size
         return True

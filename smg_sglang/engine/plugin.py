@@ -66,17 +66,14 @@ def _register_worker_hooks(hook: Callable[..., None], kind: Any) -> None:
     hook("managers.scheduler.Scheduler.get_new_batch_prefill", _after_new_batch, kind.AFTER)
     _register_stream_hooks(hook, kind)
     # Updates by tensor, by broadcast and over RDMA run between begin and end.
-    for update in (
-        "begin_weight_update",
-        "end_weight_update",
-        "update_weights_from_disk",
-        "update_weights_from_ipc",
+    for update, before in (
+        ("begin_weight_update", _before_begin_weight_update),
+        ("end_weight_update", _before_end_weight_update),
+        ("update_weights_from_disk", _before_weight_update),
+        ("update_weights_from_ipc", _before_weight_update),
     ):
-        hook(
-            f"{parts}.weight_updater.SchedulerWeightUpdaterManager.{update}",
-            _before_weight_update,
-            kind.BEFORE,
-        )
+        updater = f"{parts}.weight_updater.SchedulerWeightUpdaterManager"
+        hook(f"{updater}.{update}", before, kind.BEFORE)
 
 
 def _register_stream_hooks(hook: Callable[..., None], kind: Any) -> None:
@@ -176,9 +173,21 @@ def _after_internal_state(result: Any, component: Any, *args: Any) -> None:
 
 
 def _before_weight_update(component: Any, *args: Any, **kwargs: Any) -> None:
-    on_weight_update = getattr(component.scheduler.tree_cache, "on_weight_update", None)
-    if on_weight_update is not None:
+    cache = getattr(component.scheduler, "tree_cache", None)
+    if (on_weight_update := getattr(cache, "on_weight_update", None)) is not None:
         on_weight_update()
+
+
+def _before_begin_weight_update(component: Any, *args: Any, **kwargs: Any) -> None:
+    """SGLang refuses a session inside another."""
+    if component._session is None:
+        _before_weight_update(component)
+
+
+def _before_end_weight_update(component: Any, *args: Any, **kwargs: Any) -> None:
+    """And an end without a session."""
+    if component._session is not None:
+        _before_weight_update(component)
 
 
 def _after_new_batch(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:

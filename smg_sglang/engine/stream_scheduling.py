@@ -72,6 +72,11 @@ def why_not(req: Any, limits: Limits, host: int) -> str | None:
     """Why a request that is too large for the device cannot be streamed, with the numbers."""
     length = len(req.origin_input_ids)
     if limits.most_new(length, host) < 1:
+        if not host:
+            return (
+                f"The prompt has {length} tokens, the device holds {limits.device}, and no memory "
+                "server has been reached yet."
+            )
         return (
             f"The prompt has {length} tokens; host memory holds {host} "
             f"(--smg-host-gb), the device {limits.device}."

@@ -213,7 +213,9 @@ class Streams:
             (kept,) = self._cache.least_of_ranks(failure is None)
             if not kept:
                 self._pages.release(held)
-                stream.failure = failure or "host memory of another rank has no room"
+                stream.failure = (
+                    failure or "another rank could not move pages to host memory; its log says why"
+                )
                 return
             stream.held += held
             stream.path += path

@@ -32,7 +32,7 @@ class LoadCounters:
 
 @dataclass(frozen=True)
 class _Queued:
-    move: PageMove
+    move: PageMove | None
     keep_alive: object = None
 
 
@@ -93,6 +93,10 @@ class LayerLoads:
             raise ValueError(f"a load for request {rid} is queued already")
         self._queued[rid] = _Queued(self._mover.prepare(slots, arena, offsets), keep_alive)
 
+    def queue_failed(self, rid: str, keep_alive: object = None) -> None:
+        """Queue a load that will not be: the batch it starts with moves nothing and fails."""
+        self._queued[rid] = _Queued(None, keep_alive)
+
     def cancel(self, rid: str) -> bool:
         """Forget a load that has not started; False when there is none (or it has started)."""
         return self._queued.pop(rid, None) is not None
@@ -105,7 +109,8 @@ class LayerLoads:
         index = self.counter.update_producer()
         batch = self.counter.events[index]
         batch.keep_alive = queued
-        moves = PageMove.joined([q.move for q in queued])
+        moves = PageMove.joined([q.move for q in queued if q.move is not None])
+        batch.unwanted = any(q.move is None for q in queued)
         # The fence last: on CUDA, joining has put work on the current stream.
         task = _Task(batch, moves, self._mover.fence())
         if not self._paced and self._thread_is_idle() and self._mover.enqueues(task.moves):

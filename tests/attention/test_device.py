@@ -96,6 +96,9 @@ ODD = {
     "latents of odd sizes": (40, 288, 256, torch.bfloat16, True),
     "latents under heads that do not divide a tile": (20, 576, 512, torch.bfloat16, True),
     "values of another width": (4, 192, 128, torch.bfloat16, False),
+    "heads of 80": (4, 80, 80, torch.bfloat16, False),
+    "heads of 96": (4, 96, 96, torch.float16, False),
+    "heads of 32": (4, 32, 32, torch.bfloat16, False),
 }
 
 

@@ -334,3 +334,15 @@ def test_a_cache_without_a_tier_has_nothing_to_show_and_no_one_to_tell():
     cache.linker = None
     assert cache.internal_state() == {}
     cache.on_weight_update()
+
+
+def test_what_ranks_know_is_reduced_over_all_groups_that_sglang_has(monkeypatch):
+    """Those of context parallelism have more than one where those of tensor parallelism have none."""
+    cache = World().cache
+    assert cache.least_of_ranks(7, 3) == [7, 3]
+    cache.attn_cp_group = "cp"
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda tensor, op, group: tensor.clamp_(max=5)
+    )
+    assert cache.least_of_ranks(7, 3) == [5, 3]

@@ -22,6 +22,7 @@ def make_args(**changes):
         "radix_cache_backend": None,
         "disable_radix_cache": False,
         "pp_size": 1,
+        "attn_cp_size": 1,
         "tp_size": 1,
         "disaggregation_mode": "null",
         "speculative_algorithm": None,

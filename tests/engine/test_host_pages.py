@@ -1,5 +1,7 @@
 """Pages held in host memory while a request attends them there."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +87,32 @@ def test_the_first_pages_stay_held_where_the_others_are_let_go(make_world):
     assert pages.num_held == 2
     assert pages.first(pages.find(path_of(1, 40)), 0) == []
     assert pages.num_held == 2
+
+
+def test_ranks_that_look_at_the_same_moment_leave_a_gigabyte_together(make_world, monkeypatch):
+    world = make_world(tp_size=8)
+    slots, pages = slots_at(0, 40), world.tier.pages
+    wanted = 8 * len(slots) // PAGE * world.tier.layout.page_bytes
+    for available, fits in ((wanted - 1, False), (wanted, True)):
+        box = SimpleNamespace(available=available + host_pages.SPARE_BYTES)
+        monkeypatch.setattr(host_pages, "box_memory", lambda box=box: box)
+        if fits:
+            pages._own(slots)
+        else:
+            with pytest.raises(MemoryUnavailable, match="no room for 40 tokens"):
+                pages._own(slots)
+
+
+def test_memory_that_the_system_does_not_give_is_none(make_world, monkeypatch):
+    world = make_world()
+
+    def refuse(*args):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(host_pages.mmap, "mmap", refuse)
+    with pytest.raises(MemoryUnavailable, match="could not be copied"):
+        world.tier.pages.keep(path_of(1, 40), 0, slots_at(0, 40), shared=False)
+    assert world.tier.pages.num_held == 0
 
 
 def test_full_memory_leaves_the_rest_with_the_worker(make_world):

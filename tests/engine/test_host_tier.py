@@ -286,6 +286,27 @@ def test_a_lease_of_a_dead_server_is_refused_alone_and_good_among_ranks(make_wor
             assert torch.equal(world.read(slots_at(100, 16)), world.read(slots_at(0, 16)))
 
 
+def test_a_load_that_is_refused_is_computed_alone_and_fails_among_ranks(make_world, monkeypatch):
+    """Alone it was never queued. The others among ranks have queued theirs: it has to fail later."""
+    for tp_size in (1, 2):
+        world = make_world(tp_size=tp_size)
+        world.spill(1, 16, slots_at(0, 16))
+        world.tier.find("r", path_of(1, 16), 0)
+        monkeypatch.setattr(world.tier._mover, "prepare", refuse)
+        queued = world.tier.load("r", slots_at(100, 16))
+        assert queued is (tp_size > 1)
+        index = world.tier.start_loads()
+        assert (index >= 0) is queued
+        if queued:
+            assert not world.tier.finish_loads(index)
+        assert world.tier.state()["leases_held"] == 0
+        assert leases(world) == 0
+
+
+def refuse(*args):
+    raise ValueError("pages outside the arena")
+
+
 def test_write_back_copies_before_it_returns(make_world):
     world = make_world()
     world.write(1, slots_at(0, 16))

@@ -293,7 +293,7 @@ def test_what_the_host_memory_of_one_rank_does_not_take_stays_on_all(ranks):
     second._pages.keep = full
     streams = ranks.each(computed, 80)
     assert [stream.failure for stream in streams] == [
-        "host memory of another rank has no room",
+        "another rank could not move pages to host memory; its log says why",
         "full",
     ]
     for table, stream in zip(ranks.members, streams, strict=True):

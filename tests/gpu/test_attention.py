@@ -222,7 +222,7 @@ def test_products_of_float32_are_not_rounded_to_tf32(kernels):
     torch.testing.assert_close(planned(q, KV(k, v)).out.cpu().double(), want, atol=3e-6, rtol=3e-6)
 
 
-def test_slots_are_gathered_without_a_wait(wrappers):
+def test_slots_are_gathered_without_a_wait():
     table = torch.arange(60, dtype=torch.int32, device=CUDA).view(6, 10)
     rows = torch.tensor([4, 1, 5], device=CUDA)
     torch.cuda.synchronize()

@@ -50,7 +50,8 @@ class Updates:
             scheduler=MagicMock(tree_cache=self.cache),
         )
         for name, _ in calls:
-            assert getattr(manager, name)(MagicMock(selector="all", flush_cache=True)).success
+            done = getattr(manager, name)(MagicMock(selector="all", flush_cache=True))
+            self.seen += [] if done.success else ["refused"]
         return self.seen
 
     def _runner(self):
@@ -99,6 +100,13 @@ def test_hook_and_patch_tell_before_the_first_write_and_before_the_flush(request
 def test_hook_and_patch_tell_of_weights_written_by_rdma(request, which):
     updates = request.getfixturevalue(which)
     assert updates.run([("begin_weight_update", None), ("end_weight_update", None)])[0] == "told"
+
+
+@pytest.mark.parametrize("which", ["hooked", "with_patch"])
+def test_hook_and_patch_say_nothing_of_what_sglang_refuses(request, which):
+    updates = request.getfixturevalue(which)
+    begin, end = ("begin_weight_update", None), ("end_weight_update", None)
+    assert updates.run([end, begin, begin]) == ["refused", "told", "refused"]
 
 
 def test_a_cache_of_sglang_hears_nothing_in_either(hooks, stock, patched, monkeypatch):

@@ -188,6 +188,20 @@ def test_a_request_is_queued_once(make_world):
         world.queue("a", 1, 2)
 
 
+def test_a_batch_with_a_load_that_failed_before_it_began_fails_and_moves_nothing(make_world):
+    world = make_world()
+    world.queue("a", 0, 2)
+    world.loads.queue_failed("b")
+    index = world.loads.start()
+    world.loads.counter.set_consumer(index)
+    world.loads.counter.wait_until(0)
+    assert not world.loads.finish(index)
+    assert not world.rows_are_back(0, 0, 2)
+    world.queue("a", 0, 2)
+    assert world.loads.finish(world.loads.start())
+    assert world.rows_are_back(0, 0, 2)
+
+
 def test_keep_alive_lives_until_the_load_is_done(make_world):
     class Lease:
         pass
