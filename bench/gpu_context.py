@@ -72,7 +72,7 @@ def shorten(server: SglangServer, options: argparse.Namespace) -> None:
     """Prompts of what the device holds, if that is less; SystemExit if it is no more than the small
     pool."""
     held = server.get("/server_info")["max_total_num_tokens"]
-    options.tokens = min(options.tokens, held - options.answer - 1024)
+    options.tokens = min(options.tokens, held - options.answer - 512)
     if options.tokens <= options.pool_tokens:
         raise SystemExit(
             f"the device holds {held} tokens beside the model: give a --pool-tokens far below that"
