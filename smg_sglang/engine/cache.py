@@ -191,7 +191,8 @@ class SmgRadixCache(UnifiedRadixCache):
         """The least that any rank knows of each, by SGLang's own collective: all ranks enter it."""
         known = torch.tensor(facts, dtype=torch.int64)
         self._all_reduce_attn_groups(known, torch.distributed.ReduceOp.MIN)
-        return list(map(int, known.tolist()))
+        least: list[int] = known.tolist()
+        return least
 
     # ---- requests that wait ----
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,6 +46,11 @@ class Held:
         if pages == self.num_pages:
             return self
         return Held(replace(self.run, offsets=self.run.offsets[:pages]), self.lease)
+
+
+def pages_of(held: Iterable[Held]) -> int:
+    """How many pages are held."""
+    return sum(part.num_pages for part in held)
 
 
 class CopyFailed(MemoryUnavailable):
@@ -112,7 +117,7 @@ class HostPages:
                 held = self._leased(path, first)
         except MemoryUnavailable as error:
             logger.warning("smg: pages of a long context stay with this worker: %s", error)
-        done = sum(part.num_pages for part in held)
+        done = pages_of(held)
         try:
             rest = slots[done * self._page_size :]
             return [*held, self._own(rest)] if rest.numel() else held
@@ -180,11 +185,9 @@ class HostPages:
     ) -> None:
         try:
             self._copy(slots, reservation.arena.buffer, reservation.offsets)
-        except Exception as error:
-            # Nothing of ours may end the scheduler.
-            logger.exception("smg: a spill failed")
+        except CopyFailed:
             connection.abandon(reservation)
-            raise CopyFailed(len(reservation.pages)) from error
+            raise
         connection.publish(reservation)
 
     def _own(self, slots: torch.Tensor) -> Held:
@@ -196,24 +199,27 @@ class HostPages:
                 f"host memory has no room for {pages * self._page_size} tokens "
                 f"({size / 2**20:.0f} MiB) more of a long context"
             )
-        # Whole pages of the operating system: the driver page-locks no others side by side.
-        offsets = np.arange(pages, dtype=np.int64) * self._mover.layout.page_bytes
         try:
+            # Whole pages of the operating system: the driver page-locks no others side by side.
             arena = np.frombuffer(mmap.mmap(-1, size), np.uint8)
-            self._copy(slots, arena, offsets)
-        except Exception as error:
-            # Nothing of ours may end the scheduler.
-            logger.exception("smg: pages of a long context were not copied")
+        except OSError as error:
             raise CopyFailed(pages) from error
+        offsets = np.arange(pages, dtype=np.int64) * self._mover.layout.page_bytes
+        self._copy(slots, arena, offsets)
         return self._held(arena, offsets, None)
 
     def _copy(self, slots: torch.Tensor, arena: np.ndarray, offsets: np.ndarray) -> None:
-        if self._before_copy is not None:
-            self._before_copy()
-        began = time.perf_counter()
-        move = self._mover.prepare(slots, arena, offsets)
-        # On a GPU the forward that wrote the slots may still run: the copy comes after it.
-        self._mover.spill(move, after=self._mover.fence())
+        """Raises CopyFailed, whatever went wrong: nothing of ours may end the scheduler."""
+        try:
+            if self._before_copy is not None:
+                self._before_copy()
+            began = time.perf_counter()
+            move = self._mover.prepare(slots, arena, offsets)
+            # On a GPU the forward that wrote the slots may still run: the copy comes after it.
+            self._mover.spill(move, after=self._mover.fence())
+        except Exception as error:
+            logger.exception("smg: a spill failed")
+            raise CopyFailed(len(offsets)) from error
         self.counters.pages += move.num_pages
         self.counters.bytes += move.num_pages * self._mover.layout.page_bytes
         self.counters.seconds += time.perf_counter() - began

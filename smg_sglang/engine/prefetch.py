@@ -101,13 +101,12 @@ class _Load:
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """Tokens [begin, begin + len(slots)) of a request, being loaded as batch `index`; None where
-    its load was refused, which the other ranks hear of when it should land."""
+    """Tokens [begin, begin + len(slots)) of a request, being loaded as batch `index`."""
 
     load: _Load
     begin: int
     slots: torch.Tensor
-    index: int | None
+    index: int
 
 
 class Prefetch:
@@ -140,10 +139,10 @@ class Prefetch:
         """Put the pieces that have landed into the tree. Before requests are matched."""
         if not self._pieces:
             return
-        has_landed = [self._has_landed(piece) for piece in self._pieces]
+        has_landed = [self._loads.has_landed(piece.index) for piece in self._pieces]
         (ready,) = self._cache.least_of_ranks([*has_landed, False].index(False))
         pieces = [self._pieces.popleft() for _ in range(ready)]
-        landed = [self._wait(piece) for piece in pieces]
+        landed = [self._loads.finish(piece.index) for piece in pieces]
         for piece, on_all in zip(pieces, self._cache.least_of_ranks(*landed), strict=True):
             self._finish(piece, landed=bool(on_all))
 
@@ -153,10 +152,10 @@ class Prefetch:
         tokens = self.tokens_under_way
         for piece in self._pieces:
             piece.load.failed = True
-            self._give_up(piece)
+            self._loads.give_up(piece.index)
         while self._pieces:
             piece = self._pieces.popleft()
-            self._wait(piece)
+            self._loads.finish(piece.index)
             self._finish(piece, landed=False)
         return tokens
 
@@ -188,7 +187,7 @@ class Prefetch:
             left = [self._waiting.pop(rid) for rid in gone]
             for piece in self._pieces:
                 if piece.load.waiting in left:
-                    self._give_up(piece)
+                    self._loads.give_up(piece.index)
 
     def _new(self, req: Any) -> _Waiting:
         tokens = req.origin_input_ids + req.output_ids
@@ -249,26 +248,14 @@ class Prefetch:
         for first in range(0, slots.numel(), size):
             mine = slots[first : first + size]
             pages = slice(first // self._page, (first + mine.numel()) // self._page)
-            index: int | None = None
             try:
                 self._loads.queue("piece", mine, lease.arena.buffer, offsets[pages], lease)
-                index = self._loads.start()
             except ValueError:
                 # Nothing of ours may end the scheduler; the request loads for itself, or computes.
                 logger.exception("smg: a load ahead was refused")
-            self._pieces.append(_Piece(load, begin + first, mine, index))
+                self._loads.queue_failed("piece", keep_alive=lease)
+            self._pieces.append(_Piece(load, begin + first, mine, self._loads.start()))
             load.waiting.under_way += 1
-
-    def _give_up(self, piece: _Piece) -> None:
-        if piece.index is not None:
-            self._loads.give_up(piece.index)
-
-    def _has_landed(self, piece: _Piece) -> bool:
-        return piece.index is None or self._loads.has_landed(piece.index)
-
-    def _wait(self, piece: _Piece) -> bool:
-        """Until a piece is not written any more; whether it has landed here."""
-        return piece.index is not None and self._loads.finish(piece.index)
 
     def _match(self, waiting: _Waiting, end: int) -> Any:
         return self._cache.match_prefix(MatchPrefixParams(key=waiting.key(end)))
@@ -322,7 +309,7 @@ class Prefetch:
             load.failed = waiting.done = True
             for behind in self._pieces:
                 if behind.load is load:
-                    self._give_up(behind)
+                    self._loads.give_up(behind.index)
 
     def _join(self, piece: _Piece) -> bool:
         """Put a piece into the tree; False where what comes before it has left."""

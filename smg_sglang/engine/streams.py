@@ -50,7 +50,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smg_sglang.attention.host import HostReader
-from smg_sglang.engine.host_pages import Held
+from smg_sglang.engine.host_pages import Held, pages_of
 from smg_sglang.engine.paths import page_path, whole_pages
 from smg_sglang.engine.stream import Stream
 from smg_sglang.engine.stream_limits import SEGMENT_TOKENS, Limits, new_tokens
@@ -161,13 +161,13 @@ class Streams:
         stream = Stream(self, req, self.host_need(req))
         path, hexes = self._keys(req, 0, tokens, None)
         held = self._find(path)
-        if sum(part.num_pages for part in held) * self.page < req.prefix_len:
+        if pages_of(held) * self.page < req.prefix_len:
             self._pages.release(held)
             slots = self._cache.prefix_device_indices(req)
             on_device = slots.numel() // self.page
             self._tier.spill_now(path[: on_device * KEY_BYTES], slots)
             held = self._find(path)
-        pages = sum(part.num_pages for part in held)
+        pages = pages_of(held)
         stream.held, stream.path = held, path[: pages * KEY_BYTES]
         stream.last_hash = hexes[pages - 1] if pages else None
         stream.resident_from = pages * self.page
@@ -177,7 +177,7 @@ class Streams:
     def _find(self, path: bytes) -> list[Held]:
         """Hold what host memory has of a path on every rank."""
         held = self._pages.find(path)
-        (pages,) = self._cache.least_of_ranks(sum(part.num_pages for part in held))
+        (pages,) = self._cache.least_of_ranks(pages_of(held))
         return self._pages.first(held, pages)
 
     def host_need(self, req: Any) -> int:
@@ -264,7 +264,7 @@ class Streams:
 
     def state(self) -> dict[str, int]:
         """What `/server_info` shows: streams, and tokens of host memory."""
-        held = sum(part.num_pages for stream in self for part in stream.held)
+        held = sum(pages_of(stream.held) for stream in self)
         return {
             "streams": len(self),
             "stream_held_tokens": held * self.page,
