@@ -11,6 +11,7 @@ import asyncio
 import json
 import random
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from bench.serving.client import Answer, Client
 from bench.serving.setting import choose_model, open_console, shown
 from bench.serving.statistics import compare, spread
 from bench.serving.subjects import start_smg, started
+from bench.serving.workloads import words
 from tools.sglang_server import SglangServer
 
 OUT = Path(__file__).parent / "out"
@@ -60,11 +62,7 @@ def start(options: argparse.Namespace, name: str) -> SglangServer:
     return start_smg(options, f"context-{name}", args)
 
 
-def some_prompt(rng: random.Random, tokens: int) -> list[int]:
-    return [rng.randrange(1000, 40000) for _ in range(tokens)]
-
-
-async def ask(server: SglangServer, prompt: list[int], answer_tokens: int) -> Answer:
+async def ask(server: SglangServer, prompt: Sequence[int], answer_tokens: int) -> Answer:
     async with Client(server.url) as client:
         return await client.ask(prompt, answer_tokens)
 
@@ -76,9 +74,9 @@ def measure(
     answers: dict[str, list[Answer]] = {name: [] for name in servers}
     rng = random.Random(1)
     for server in servers.values():
-        asyncio.run(ask(server, some_prompt(rng, 600), 8))
+        asyncio.run(ask(server, words(rng, 600), 8))
     for repeat in range(options.repeats):
-        prompt = some_prompt(rng, options.tokens)
+        prompt = words(rng, options.tokens)
         order = list(servers) if repeat % 2 else list(servers)[::-1]
         for name in order:
             with console.status(f"repeat {repeat + 1} of {options.repeats}: {name}"):

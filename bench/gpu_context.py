@@ -26,8 +26,10 @@ from bench.serving import machine
 from bench.serving.client import Answer
 from bench.serving.setting import choose_model, open_console, shown
 from bench.serving.subjects import started
+from bench.serving.workloads import words
 from bench.transfer import dated
-from tools.random_llama import Recipe, llama_without_weights
+from tools.random_llama import Recipe
+from tools.random_model import model_without_weights
 from tools.sglang_server import SglangServer
 
 LLAMA_8B = {"layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128}
@@ -54,7 +56,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         options.out = dated("context")
     if options.model_path is None:
         shape = Recipe("bfloat16", context=options.tokens + 4096, **LLAMA_8B)
-        options.model_path = str(llama_without_weights(shape))
+        options.model_path = str(model_without_weights(shape))
         options.server_args += " --load-format dummy"
     return options
 
@@ -63,7 +65,7 @@ def ask_all(server: SglangServer, options: argparse.Namespace) -> list[Answer]:
     """Answers to the same prompts on every server."""
     rng = random.Random(1)
     lengths = [(600, 8), *[(options.tokens, options.answer)] * options.repeats]
-    asked = [(context.some_prompt(rng, tokens), answer) for tokens, answer in lengths]
+    asked = [(words(rng, tokens), answer) for tokens, answer in lengths]
     answers = [asyncio.run(context.ask(server, *each)) for each in asked]
     return answers[1:]  # the first was to warm up
 

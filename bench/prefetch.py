@@ -26,6 +26,7 @@ from bench.serving.client import Answer, Client
 from bench.serving.setting import choose_model, open_console, shown
 from bench.serving.statistics import compare, spread
 from bench.serving.subjects import start_smg, started
+from bench.serving.workloads import words
 from tools.sglang_server import SglangServer
 
 OUT = Path(__file__).parent / "out"
@@ -52,18 +53,14 @@ def start(options: argparse.Namespace, name: str) -> SglangServer:
     return start_smg(options, name, [*args, *(["--smg-prefetch"] if name == AHEAD else [])])
 
 
-def tokens(rng: random.Random, count: int) -> list[int]:
-    return [rng.randrange(1000, 40000) for _ in range(count)]
-
-
-async def learn(server: SglangServer, documents: list[list[int]]) -> None:
+async def learn(server: SglangServer, documents: list[tuple[int, ...]]) -> None:
     async with Client(server.url) as client:
         for document in documents:
             await client.ask(document, 1)
 
 
 async def ask_behind(
-    server: SglangServer, long: list[int], prompts: list[list[int]]
+    server: SglangServer, long: tuple[int, ...], prompts: list[tuple[int, ...]]
 ) -> list[Answer]:
     """The answers to `prompts`, which are sent when `long` is being computed."""
     async with Client(server.url) as client, asyncio.TaskGroup() as tasks:
@@ -77,14 +74,14 @@ def measure(
     console: Console, servers: dict[str, SglangServer], options: argparse.Namespace
 ) -> dict[str, list[list[Answer]]]:
     rng = random.Random(1)
-    sets = [[tokens(rng, DOCUMENT_TOKENS) for _ in range(DOCUMENTS)] for _ in range(SETS)]
+    sets = [[words(rng, DOCUMENT_TOKENS) for _ in range(DOCUMENTS)] for _ in range(SETS)]
     for name, server in servers.items():
         with console.status(f"documents to {name}"):
             asyncio.run(learn(server, [document for each in sets for document in each]))
     answers: dict[str, list[list[Answer]]] = {name: [] for name in servers}
     for repeat in range(options.repeats):
-        long = tokens(rng, LONG_TOKENS)
-        prompts = [document + tokens(rng, 15) for document in sets[repeat % SETS]]
+        long = words(rng, LONG_TOKENS)
+        prompts = [document + words(rng, 15) for document in sets[repeat % SETS]]
         order = list(servers) if repeat % 2 else list(servers)[::-1]
         for name in order:
             with console.status(f"round {repeat + 1} of {options.repeats}: {name}"):

@@ -24,6 +24,7 @@ from bench.serving import machine
 from bench.serving.client import Answer, Client
 from bench.serving.setting import choose_model, open_console, shown
 from bench.serving.subjects import start_smg, started
+from bench.serving.workloads import words
 from tools.sglang_server import SglangServer
 
 OUT = Path(__file__).parent / "out"
@@ -87,10 +88,6 @@ def start(options: argparse.Namespace, name: str) -> SglangServer:
     return start_smg(options, f"split-{name}", args)
 
 
-def prompt(rng: random.Random, length: int) -> list[int]:
-    return [rng.randrange(1000, 40000) for _ in range(length)]
-
-
 async def take_turn(server: SglangServer, options: argparse.Namespace, seed: int) -> Turn:
     """Chats stream until the last long prompt has its first token and a little longer."""
     rng = random.Random(seed)
@@ -99,14 +96,14 @@ async def take_turn(server: SglangServer, options: argparse.Namespace, seed: int
 
     async def chat(client: Client, number: int) -> None:
         while not stopped.is_set():
-            chats.append(await client.ask(prompt(rng, CHAT_PROMPT), 150, number))
+            chats.append(await client.ask(words(rng, CHAT_PROMPT), 150, number))
 
     async with Client(server.url) as client:
         tasks = [asyncio.create_task(chat(client, number)) for number in range(options.streams)]
         await asyncio.sleep(options.pause_s)
         longs = []
         for _ in range(options.longs):
-            longs.append(await client.ask(prompt(rng, options.long_tokens), 2))
+            longs.append(await client.ask(words(rng, options.long_tokens), 2))
             await asyncio.sleep(options.pause_s)
         stopped.set()
         await asyncio.gather(*tasks)
@@ -157,7 +154,7 @@ def _hand_off(
     seconds: dict[str, list[float]] = {"first_decode": [], "direct": []}
     loaded = _loaded(server)
     for _ in range(options.hand_offs):
-        ids = prompt(rng, length)
+        ids = words(rng, length)
         for stage, values in seconds.items():
             before = phase_sums(server)
             server.generate(ids, 2)

@@ -1,6 +1,7 @@
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from tests.tools.far_end import assert_text_depends_on_the_far_end
 from tools.random_deepseek import Recipe
 
 
@@ -16,13 +17,4 @@ def test_text_depends_on_the_far_end_of_the_prompt(tiny_mla):
     )
     assert type(model).__name__ == "DeepseekV2ForCausalLM"
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    tokenizer = AutoTokenizer.from_pretrained(tiny_mla)
-    rest = " and then they all went home in the rain" * 8
-
-    def continuation(start):
-        prompt = tokenizer(start + rest, return_tensors="pt")
-        return model.generate(**prompt, max_new_tokens=16, do_sample=False)[0, -16:].tolist()
-
-    one, other = continuation("One"), continuation("Two")
-    assert one != other
-    assert len(set(one)) > 4
+    assert_text_depends_on_the_far_end(model, tiny_mla)

@@ -1,7 +1,8 @@
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from tests.tools.far_end import assert_text_depends_on_the_far_end
 from tools.random_llama import Recipe
 
 
@@ -21,13 +22,4 @@ def test_both_dtypes_hold_the_same_numbers(tiny_model, tiny_model_bf16):
 def test_text_depends_on_the_far_end_of_the_prompt(tiny_model):
     """Otherwise a wrong KV page would go unnoticed."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    rest = " and then they all went home in the rain" * 8
-
-    def continuation(start):
-        prompt = tokenizer(start + rest, return_tensors="pt")
-        return model.generate(**prompt, max_new_tokens=16, do_sample=False)[0, -16:].tolist()
-
-    one, other = continuation("One"), continuation("Two")
-    assert one != other
-    assert len(set(one)) > 4
+    assert_text_depends_on_the_far_end(model, tiny_model)
