@@ -52,6 +52,11 @@ PROMPTS = [
 ]
 NEW_TOKENS = 12
 
+#: SGLang's own test switch: requests are retracted, each time more than a page later.
+RETRACTIONS = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
+#: And each copy begins up to so much later.
+DISTURBED = {"SMG_TEST_COPY_DELAY_MS": "3", **RETRACTIONS}
+
 #: (prompt, tokens to generate), all larger than the pool: four times, just, with a shared prefix,
 #: with a long answer.
 LONG = [

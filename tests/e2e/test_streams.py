@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import requests
 
 from tests.e2e.conftest import (
+    DISTURBED,
     LONG,
     NEW_TOKENS,
     POOL_TOKENS,
@@ -23,11 +24,7 @@ from tests.e2e.conftest import (
 )
 
 SERVER_ARGS = ("--smg-stream-context", "--smg-host-gb", "0.0625", "--smg-prefetch")
-SERVER_ENV = {
-    "SMG_TEST_COPY_DELAY_MS": "3",
-    "SGLANG_TEST_RETRACT": "1",
-    "SGLANG_TEST_RETRACT_INTERVAL": "40",
-}
+SERVER_ENV = DISTURBED
 
 
 def ask_long(server, index):

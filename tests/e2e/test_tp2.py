@@ -5,6 +5,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.e2e.conftest import (
+    DISTURBED,
     LONG,
     NEW_TOKENS,
     PROMPTS,
@@ -14,18 +15,10 @@ from tests.e2e.conftest import (
 )
 from tests.e2e.test_host_tier import answers, ids
 from tests.e2e.test_selective import ask_behind
+from tests.e2e.test_streams import ask_long
 
 SERVER_ARGS = ("--tp-size", "2", "--smg-prefetch", "--smg-stream-context")
-SERVER_ENV = {
-    "SMG_TEST_COPY_DELAY_MS": "3",
-    "SGLANG_TEST_RETRACT": "1",
-    "SGLANG_TEST_RETRACT_INTERVAL": "40",
-}
-
-
-def long_ids(server, index):
-    prompt, new = LONG[index]
-    return server.generate(prompt, new)["output_ids"]
+SERVER_ENV = DISTURBED
 
 
 def test_two_ranks_load_back_what_they_spilled(server):
@@ -57,15 +50,15 @@ def test_two_ranks_stream_what_no_device_holds(server, long_reference):
     work = [*range(len(LONG)), 0, 4]
     random.Random(1).shuffle(work)
     with ThreadPoolExecutor(3) as pool:
-        texts = list(pool.map(lambda index: long_ids(server, index), work))
+        texts = ids(pool.map(lambda index: ask_long(server, index), work))
     assert texts == [long_reference[index] for index in work]
-    again = server.generate(*LONG[0])
+    again = ask_long(server, 0)
     assert details(again) == {"device": 0, "host": len(LONG[0][0]) // 16 * 16}
 
 
 def test_a_memory_server_that_dies_costs_two_ranks_no_request(server, long_reference):
     server.flush()
     with ThreadPoolExecutor(3) as pool:
-        texts = [pool.submit(long_ids, server, index) for index in (4, 1, 2)]
+        asked = [pool.submit(ask_long, server, index) for index in (4, 1, 2)]
         memory_process(server).kill()
-        assert [text.result() for text in texts] == [long_reference[i] for i in (4, 1, 2)]
+        assert ids(text.result() for text in asked) == [long_reference[i] for i in (4, 1, 2)]

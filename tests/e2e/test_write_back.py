@@ -2,12 +2,11 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.e2e.conftest import PROMPTS, details, smg_state
+from tests.e2e.conftest import PROMPTS, RETRACTIONS, details, smg_state
 from tests.e2e.test_host_tier import answers, ids, storm
 
 SERVER_ARGS = ("--smg-write-policy", "write_back", "--smg-page-size", "32")
-#: SGLang's own test switch: requests are retracted, each time more than a page later.
-SERVER_ENV = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
+SERVER_ENV = RETRACTIONS
 
 
 def test_pages_are_written_when_they_are_evicted(server):

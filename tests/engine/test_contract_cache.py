@@ -24,6 +24,7 @@ from smg_sglang.tree.page_keys import keys_from_hex
 
 from .caches import make_cache
 from .contract import needed_by
+from .ranks import Ranks
 from .test_streams import Table
 
 PAGE = 16
@@ -346,3 +347,11 @@ def test_what_ranks_know_is_reduced_over_all_groups_that_sglang_has(monkeypatch)
         torch.distributed, "all_reduce", lambda tensor, op, group: tensor.clamp_(max=5)
     )
     assert cache.least_of_ranks(7, 3) == [5, 3]
+
+
+def test_a_hit_is_as_long_as_all_ranks_have_it():
+    with Ranks([World(), World()]) as ranks:
+        for rank, (world, pages) in enumerate(zip(ranks.members, (3, 2), strict=True)):
+            ranks.join(rank, world.cache)
+            world.tier.host_pages = pages
+        assert ranks.all(lambda world: world.match(A, rid="r").host_hit_length) == 2 * PAGE

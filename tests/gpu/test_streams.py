@@ -15,7 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from tests.e2e.conftest import POOL_TOKENS, assert_idle_and_clean, smg_state, token_ids
+from tests.e2e.conftest import (
+    DISTURBED,
+    POOL_TOKENS,
+    assert_idle_and_clean,
+    smg_state,
+    token_ids,
+)
 from tools.sglang_server import running_server
 
 pytestmark = pytest.mark.gpu
@@ -36,11 +42,6 @@ STREAMED = (
     *("--max-total-tokens", str(POOL_TOKENS), "--enable-smg", "--smg-host-gb", "1"),
     "--smg-stream-context",
 )
-DELAYS = {
-    "SMG_TEST_COPY_DELAY_MS": "3",
-    "SGLANG_TEST_RETRACT": "1",
-    "SGLANG_TEST_RETRACT_INTERVAL": "40",
-}
 
 
 def ask(server, prompt, new=1):
@@ -71,7 +72,7 @@ def expected(model):
 
 @pytest.fixture(scope="module", params=["as it is", "copies delayed, requests retracted"])
 def server(request, model, expected):
-    env = {} if request.param == "as it is" else DELAYS
+    env = {} if request.param == "as it is" else DISTURBED
     with running_server(model, (*BASE, *STREAMED), env) as server:
         yield server
 
