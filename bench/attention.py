@@ -31,7 +31,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from smg_sglang.engine.cpu_attention import CpuAttentionBackend
+from smg_sglang.engine.attention.cpu import CpuAttentionBackend
 
 HERE = Path(__file__).parent
 HEADS, KV_HEADS, DIM = 9, 3, 64  # SmolLM2-135M

@@ -93,7 +93,7 @@ def running(
 
 def attention_backend(asked: str | None) -> str:
     """For all servers: as asked, else ours on a CPU, else "", SGLang's own choice."""
-    from smg_sglang.engine.platform import accelerator_available
+    from smg_sglang.engine.cpu.activation import accelerator_available
 
     if asked is not None:
         return asked

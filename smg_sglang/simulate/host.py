@@ -29,7 +29,7 @@ class Spill:
 class HostLevel:
     """Lookups and leases at once; spills one after another, each for as long as the link takes.
 
-    Follows `engine/host_tier.py` and `transfer/spills.py`.
+    Follows `tier/host_tier.py` and `transfer/spills.py`.
     """
 
     def __init__(

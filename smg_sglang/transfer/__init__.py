@@ -54,7 +54,8 @@ nobody, and a slot that is being loaded belongs to a request that has not comput
 from smg_sglang.transfer.layer_counter import LayerCounter
 from smg_sglang.transfer.layer_loads import LayerLoads
 from smg_sglang.transfer.layout import DevicePool, PageLayout, Part
-from smg_sglang.transfer.mover import Mover, PageMove, make_mover, random_delay
+from smg_sglang.transfer.mover import Mover, PageMove, random_delay
+from smg_sglang.transfer.movers import make_mover
 from smg_sglang.transfer.spills import SpillDropped, SpillQueue, SpillTarget
 
 __all__ = [

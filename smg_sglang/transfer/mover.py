@@ -8,15 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from smg_sglang.errors import ConfigError
-from smg_sglang.transfer.copy_choice import CopyMethods
 from smg_sglang.transfer.layout import DevicePool
-from smg_sglang.transfer.pinning import ArenaPins
 
 BeforeCopy = Callable[[], None]
 """Test hook: called on the copying thread before each copy."""
@@ -168,33 +164,3 @@ class Mover(ABC):
 
     def close(self) -> None:  # noqa: B027 (a CPU mover holds nothing)
         """Release what the mover holds. No copy may run."""
-
-
-def make_mover(
-    pool: DevicePool,
-    *,
-    order_after: Sequence[Any] = (),
-    pins: ArenaPins | None = None,
-    methods: CopyMethods | None = None,
-) -> Mover:
-    """The mover for the pool's device.
-
-    Args:
-        order_after: CUDA streams (the forward stream) that loads must come after, besides the
-            current one. Ignored on a CPU, where the forward is synchronous.
-        pins: of all movers that copy the same arenas; its own by default. A CPU pins nothing.
-        methods: how CUDA copies; by default with the kernel, so that no thread is needed. Ignored
-            on a CPU.
-
-    Raises:
-        ConfigError: there is no mover for this device.
-    """
-    if pool.device.type == "cpu":
-        from smg_sglang.transfer.cpu import CpuMover
-
-        return CpuMover(pool)
-    if pool.device.type == "cuda":
-        from smg_sglang.transfer.cuda import CudaMover
-
-        return CudaMover(pool, order_after=order_after, shared_pins=pins, methods=methods)
-    raise ConfigError(f"no page copies for device {pool.device.type}; supported: cpu, cuda")

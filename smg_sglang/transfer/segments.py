@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from smg_sglang.transfer.layout import DTYPES, DevicePool, PageLayout
-from smg_sglang.transfer.mover import BeforeCopy, Mark, PageMove, make_mover
+from smg_sglang.transfer.mover import BeforeCopy, Mark, PageMove
+from smg_sglang.transfer.movers import make_mover
 from smg_sglang.transfer.pinning import ArenaPins
 
 DEPTH = 3

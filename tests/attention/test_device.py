@@ -16,7 +16,7 @@ from smg_sglang.attention.host import HostRun
 from smg_sglang.attention.kernels import Kind, check_dtypes, kind_of, make_kernels
 from smg_sglang.attention.paged import Heads, PagedKeys, heads_of, one_slot_pages, whole_pages
 from smg_sglang.attention.partial import PartialState
-from smg_sglang.engine import flags
+from smg_sglang.engine.options import flags
 from smg_sglang.errors import ConfigError
 from tests.interpreter import interpreted
 

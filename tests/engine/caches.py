@@ -8,8 +8,8 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
-from smg_sglang.engine.cache import SmgRadixCache
-from smg_sglang.engine.linker import SmgLinker
+from smg_sglang.engine.cache.linker import SmgLinker
+from smg_sglang.engine.cache.radix_cache import SmgRadixCache
 from smg_sglang.memory.namespace import Namespace
 
 

@@ -16,8 +16,8 @@ import torch
 from sglang.srt.mem_cache.base_prefix_cache import MatchResult
 from sglang.srt.mem_cache.unified_cache import unified_cache_linker
 
-from smg_sglang.engine.cache import SmgLinkerWrapper, SmgRadixCache
-from smg_sglang.engine.linker import SmgLinker, device_pool
+from smg_sglang.engine.cache.linker import SmgLinker, device_pool
+from smg_sglang.engine.cache.radix_cache import SmgLinkerWrapper, SmgRadixCache
 
 from .contract import needed_by
 
@@ -36,160 +36,168 @@ STATE = "managers.scheduler_components.internal_state.SchedulerInternalStateCont
 
 SIGNATURES = [
     # what we implement
-    ("linker.py", f"{LINKER}.UnifiedCacheLinker.lookup", "self rid transfers"),
-    ("linker.py", f"{LINKER}.UnifiedCacheLinker.load", "self rid transfers"),
-    ("linker.py", f"{LINKER}.UnifiedCacheLinker.start_layer_wise_loading", "self"),
-    ("linker.py", f"{LINKER}.UnifiedCacheLinker.finish_layer_wise_loading", "self counter_index"),
-    ("linker.py", f"{LINKER}.UnifiedCacheLinker.cancel_queued_load", "self rid"),
-    ("linker.py", f"{LINKER}.UnifiedCacheLinker.offload", "self transfers session_id"),
-    ("linker.py", f"{LINKER}.UnifiedCacheLinker.record_offload_ready", "self"),
-    # what we override
-    ("cache.py", f"{WRAPPER}.__init__", "self cache cache_linker"),
-    ("cache.py", f"{WRAPPER}.match", "self key req result"),
-    ("cache.py", f"{WRAPPER}._offload_node", "self node_id transfers"),
-    ("cache.py", f"{WRAPPER}.release_request", "self rid"),
-    ("cache.py", f"{CACHE}.init_cache_linker", "self cache_linker"),
-    ("cache.py", f"{CACHE}._evict_device_leaf", "self node_id tracker"),
-    ("cache.py", f"{CACHE}.on_release", "self req checkpointed"),
-    # what we call
-    ("cache.py", f"{WRAPPER}._tail_hashes", "self key result device_hit_len"),
+    ("cache/linker.py", f"{LINKER}.UnifiedCacheLinker.lookup", "self rid transfers"),
+    ("cache/linker.py", f"{LINKER}.UnifiedCacheLinker.load", "self rid transfers"),
+    ("cache/linker.py", f"{LINKER}.UnifiedCacheLinker.start_layer_wise_loading", "self"),
     (
-        "cache.py",
+        "cache/linker.py",
+        f"{LINKER}.UnifiedCacheLinker.finish_layer_wise_loading",
+        "self counter_index",
+    ),
+    ("cache/linker.py", f"{LINKER}.UnifiedCacheLinker.cancel_queued_load", "self rid"),
+    ("cache/linker.py", f"{LINKER}.UnifiedCacheLinker.offload", "self transfers session_id"),
+    ("cache/linker.py", f"{LINKER}.UnifiedCacheLinker.record_offload_ready", "self"),
+    # what we override
+    ("cache/linker_wrapper.py", f"{WRAPPER}.__init__", "self cache cache_linker"),
+    ("cache/linker_wrapper.py", f"{WRAPPER}.match", "self key req result"),
+    ("cache/linker_wrapper.py", f"{WRAPPER}._offload_node", "self node_id transfers"),
+    ("cache/linker_wrapper.py", f"{WRAPPER}.release_request", "self rid"),
+    ("cache/radix_cache.py", f"{CACHE}.init_cache_linker", "self cache_linker"),
+    ("cache/radix_cache.py", f"{CACHE}._evict_device_leaf", "self node_id tracker"),
+    ("cache/radix_cache.py", f"{CACHE}.on_release", "self req checkpointed"),
+    # what we call
+    ("cache/linker_wrapper.py", f"{WRAPPER}._tail_hashes", "self key result device_hit_len"),
+    (
+        "cache/linker_wrapper.py",
         "mem_cache.utils.get_storage_hash_str",
         "key prior_hash page_size",
     ),
     (
-        "cache.py",
+        "cache/linker_wrapper.py",
         f"{WRAPPER}._sync_restorable_prefix",
         "self restorable num_pages device_hit_pages",
     ),
-    ("cache.py", f"{CACHE}.inc_lock_ref", "self node_id skip_lock_components"),
-    ("cache.py", f"{CACHE}.dec_lock_ref", "self node_id params skip_swa"),
-    ("cache.py", f"{CORE}.get_prefix_hash_values", "self node_id"),
-    ("cache.py", f"{CORE}.get_hash_values", "self node_id"),
-    ("cache.py", f"{CORE}.prefetch_anchor_info", "self node_id"),
-    ("cache.py", f"{CORE}.root_node_handle", "self extra_key"),
-    ("cache.py", f"{CORE}.collect_full_device_indices", "self from_node_id until_node_id"),
-    ("cache.py", f"{CORE}.mark_external_linker_offload_pending", "self node_id"),
-    ("flags.py", "arg_groups.model_override_base.model_config_of", "server_args"),
-    ("flags.py", "mem_cache.kv_cache_builder.uses_ssm_state", "model_config"),
-    # what we hook
-    ("plugin.py", "server_args.ServerArgs.add_cli_args", "parser"),
-    ("plugin.py", "server_args.ServerArgs.from_cli_args", "args"),
-    ("plugin.py", "server_args.ServerArgs.resolve_once", "self"),
-    ("plugin.py", "server_args.ServerArgs.check_server_args", "self"),
+    ("cache/linker_wrapper.py", f"{CACHE}.inc_lock_ref", "self node_id skip_lock_components"),
+    ("cache/linker_wrapper.py", f"{CACHE}.dec_lock_ref", "self node_id params skip_swa"),
+    ("cache/linker_wrapper.py", f"{CORE}.get_prefix_hash_values", "self node_id"),
+    ("cache/linker_wrapper.py", f"{CORE}.get_hash_values", "self node_id"),
+    ("cache/linker_wrapper.py", f"{CORE}.prefetch_anchor_info", "self node_id"),
+    ("cache/linker_wrapper.py", f"{CORE}.root_node_handle", "self extra_key"),
     (
-        "plugin.py",
+        "cache/linker_wrapper.py",
+        f"{CORE}.collect_full_device_indices",
+        "self from_node_id until_node_id",
+    ),
+    ("cache/linker_wrapper.py", f"{CORE}.mark_external_linker_offload_pending", "self node_id"),
+    ("options/flags.py", "arg_groups.model_override_base.model_config_of", "server_args"),
+    ("options/flags.py", "mem_cache.kv_cache_builder.uses_ssm_state", "model_config"),
+    # what we hook
+    ("seams/plugin.py", "server_args.ServerArgs.add_cli_args", "parser"),
+    ("seams/plugin.py", "server_args.ServerArgs.from_cli_args", "args"),
+    ("seams/plugin.py", "server_args.ServerArgs.resolve_once", "self"),
+    ("seams/plugin.py", "server_args.ServerArgs.check_server_args", "self"),
+    (
+        "seams/plugin.py",
         "utils.common.kill_process_tree",
         "parent_pid include_parent skip_pid wait_timeout",
     ),
-    ("plugin.py", "mem_cache.registry.create_unified_radix_cache", "ctx cache_class"),
+    ("seams/plugin.py", "mem_cache.registry.create_unified_radix_cache", "ctx cache_class"),
     (
-        "plugin.py",
+        "seams/plugin.py",
         "managers.schedule_batch.release_req",
         "req remaing_req_count req_to_token_pool token_to_kv_pool_allocator tree_cache "
         "hisparse_coordinator offload_kv",
     ),
-    ("plugin.py", f"{STATE}.get_internal_state", "self recv_req"),
-    ("phase_worker.py", f"{SENDER}.send_output", "self output recv_obj"),
+    ("seams/plugin.py", f"{STATE}.get_internal_state", "self recv_req"),
+    ("split/publication.py", f"{SENDER}.send_output", "self output recv_obj"),
     (
-        "phase_controller.py",
+        "split/controller.py",
         f"{CONTROLLER}.__init__",
         "self server_args port_args run_scheduler_process_func prelaunched_schedulers",
     ),
-    ("phase_controller.py", f"{CONTROLLER}.get_init_info", "self"),
-    ("phase_controller.py", f"{CONTROLLER}.event_loop", "self"),
-    ("plugin.py", f"{UPDATER}.update_weights_from_disk", "self recv_req"),
-    ("plugin.py", f"{UPDATER}.update_weights_from_ipc", "self recv_req"),
-    ("plugin.py", f"{UPDATER}.begin_weight_update", "self recv_req"),
-    ("plugin.py", f"{UPDATER}.end_weight_update", "self recv_req"),
+    ("split/controller.py", f"{CONTROLLER}.get_init_info", "self"),
+    ("split/controller.py", f"{CONTROLLER}.event_loop", "self"),
+    ("seams/plugin.py", f"{UPDATER}.update_weights_from_disk", "self recv_req"),
+    ("seams/plugin.py", f"{UPDATER}.update_weights_from_ipc", "self recv_req"),
+    ("seams/plugin.py", f"{UPDATER}.begin_weight_update", "self recv_req"),
+    ("seams/plugin.py", f"{UPDATER}.end_weight_update", "self recv_req"),
     (
-        "cuda_graphs.py",
+        "attention/graphs.py",
         "model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.can_run_graph",
         "self forward_batch",
     ),
     (
-        "cuda_graphs.py",
+        "attention/graphs.py",
         "model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner.can_run_graph",
         "self forward_batch",
     ),
     (
-        "cuda_attention.py",
+        "attention/cuda.py",
         "layers.attention.flashinfer_backend.FlashInferAttnBackend.__init__",
         "self model_runner skip_prefill kv_indptr_buf kv_last_page_len_buf init_new_workspace",
     ),
     (
-        "cuda_attention.py",
+        "attention/cuda.py",
         "layers.attention.flashinfer_backend.FlashInferAttnBackend.forward_extend",
         "self q k v layer forward_batch save_kv_cache",
     ),
     (
-        "cuda_attention.py",
+        "attention/cuda.py",
         "layers.attention.flashinfer_backend.FlashInferAttnBackend.forward_decode",
         "self q k v layer forward_batch save_kv_cache",
     ),
     (
-        "cuda_attention.py",
+        "attention/cuda.py",
         "layers.attention.flashinfer_backend.FlashInferAttnBackend.init_forward_metadata",
         "self forward_batch",
     ),
     (
-        "cuda_attention.py",
+        "attention/cuda.py",
         "layers.attention.flashinfer_mla_backend.FlashInferMLAAttnBackend.__init__",
         "self model_runner skip_prefill kv_indptr_buf q_indptr_decode_buf",
     ),
     (
-        "cuda_attention.py",
+        "attention/cuda.py",
         "layers.attention.flashinfer_mla_backend.FlashInferMLAAttnBackend.forward_extend",
         "self q k v layer forward_batch save_kv_cache q_rope k_rope",
     ),
     (
-        "cuda_attention.py",
+        "attention/cuda.py",
         "layers.attention.flashinfer_mla_backend.FlashInferMLAAttnBackend.forward_decode",
         "self q k v layer forward_batch save_kv_cache q_rope k_rope",
     ),
     (
-        "cuda_attention.py",
+        "attention/cuda.py",
         "layers.attention.flashinfer_mla_backend.FlashInferMLAAttnBackend.init_forward_metadata",
         "self forward_batch",
     ),
     (
-        "cuda_attention.py",
+        "attention/cuda.py",
         "layers.attention.triton_backend.TritonAttnBackend.__init__",
         "self model_runner skip_prefill kv_indptr_buf dllm_fa4",
     ),
     (
-        "cuda_attention.py",
+        "attention/cuda.py",
         "layers.attention.triton_backend.TritonAttnBackend.forward_extend",
         "self q k v layer forward_batch save_kv_cache sinks score_mod aux_tensors",
     ),
     (
-        "cuda_attention.py",
+        "attention/cuda.py",
         "layers.attention.triton_backend.TritonAttnBackend.forward_decode",
         "self q k v layer forward_batch save_kv_cache sinks score_mod aux_tensors",
     ),
     (
-        "cuda_attention.py",
+        "attention/cuda.py",
         "layers.attention.triton_backend.TritonAttnBackend.init_forward_metadata",
         "self forward_batch",
     ),
     (
-        "cuda_attention.py",
+        "attention/cuda.py",
         "mem_cache.memory_pool.MLATokenToKVPool.set_mla_kv_buffer",
         "self layer loc_info cache_k_nope cache_k_rope layer_id_override",
     ),
     (
-        "cuda_attention.py",
+        "attention/cuda.py",
         "models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.register",
         "backend_name handler_func",
     ),
     (
-        "attention_backend.py",
+        "attention/backend.py",
         "layers.attention.attention_registry.register_attention_backend",
         "name",
     ),
     (
-        "attention_backend.py",
+        "attention/backend.py",
         "arg_groups.choices.add_attention_backend_choices",
         "iterable",
     ),
@@ -203,7 +211,7 @@ def test_a_signature_is_what_we_wrote_against(ours, target, parameters):
     assert found == parameters, f"smg_sglang/engine/{ours} depends on {target}"
 
 
-@needed_by("engine/linker.py")
+@needed_by("engine/cache/linker.py")
 def test_a_linker_has_these_methods_to_implement():
     assert unified_cache_linker.UnifiedCacheLinker.__abstractmethods__ == {
         "lookup",
@@ -220,7 +228,7 @@ def test_a_linker_has_these_methods_to_implement():
     assert not inspect.isabstract(SmgLinker)
 
 
-@needed_by("engine/linker.py")
+@needed_by("engine/cache/linker.py")
 def test_a_linker_is_built_with_these_keywords():
     from sglang.srt.mem_cache.unified_cache import linker_factory
 
@@ -230,7 +238,7 @@ def test_a_linker_is_built_with_these_keywords():
     assert set(inspect.signature(SmgLinker).parameters) == {"server_args", "params"} | passed
 
 
-@needed_by("engine/cache.py")
+@needed_by("engine/cache/radix_cache.py")
 def test_records_have_the_fields_we_fill():
     assert unified_cache_linker._PendingOffload._fields == (
         "lock_node_id",
@@ -242,7 +250,7 @@ def test_records_have_the_fields_we_fill():
     assert used | {"host_hit_length"} <= set(MatchResult._fields)
 
 
-@needed_by("engine/plugin.py (_around_prepare_for_extend)")
+@needed_by("engine/seams/plugin.py (_around_prepare_for_extend)")
 def test_a_request_knows_whether_its_hits_were_counted():
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
@@ -252,18 +260,18 @@ def test_a_request_knows_whether_its_hits_were_counted():
     assert list(inspect.signature(ScheduleBatch.prepare_for_extend).parameters) == ["self"]
 
 
-@needed_by("engine/plugin.py (CONTROLLER_TITLE)")
+@needed_by("engine/seams/plugin.py (CONTROLLER_TITLE)")
 def test_the_controller_process_has_its_title_before_it_loads_plugins():
     from sglang.srt.managers import data_parallel_controller
 
-    from smg_sglang.engine.plugin import CONTROLLER_TITLE
+    from smg_sglang.engine.seams.plugin import CONTROLLER_TITLE
 
     source = inspect.getsource(data_parallel_controller.run_data_parallel_controller_process)
     title = source.index(f'setproctitle("{CONTROLLER_TITLE}")')
     assert title < source.index("load_plugins()") < source.index("= DataParallelController(")
 
 
-@needed_by("engine/phase_controller.py (PhaseDataParallelController)")
+@needed_by("engine/split/controller.py (PhaseDataParallelController)")
 def test_the_controller_process_uses_only_what_the_phase_controller_has():
     from sglang.srt.managers import data_parallel_controller
 
@@ -276,14 +284,14 @@ def test_the_controller_process_uses_only_what_the_phase_controller_has():
     }
 
 
-@needed_by("engine/phase_worker.py")
+@needed_by("engine/split/publication.py")
 def test_a_sender_has_no_socket_but_on_the_first_rank():
     from sglang.srt.managers.scheduler_components.output_sender import SenderWrapper
 
     assert SenderWrapper(None).socket is None
 
 
-@needed_by("engine/cache.py (spill_retracted)")
+@needed_by("engine/cache/linker_wrapper.py (spill_retracted)")
 def test_a_request_has_what_its_spill_needs():
     from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
 
@@ -296,18 +304,18 @@ def test_a_request_has_what_its_spill_needs():
     assert "req_pool_idx" in inspect.getsource(ReqKvInfo)
 
 
-@needed_by("engine/offline.py")
+@needed_by("engine/seams/offline.py")
 def test_an_engine_says_what_builds_its_arguments():
     from sglang.srt.entrypoints.engine import Engine
 
     assert "self.server_args_class(**kwargs)" in inspect.getsource(Engine.__init__)
 
 
-@needed_by("engine/flags.py (ATTRIBUTE)")
+@needed_by("engine/options/flags.py (ATTRIBUTE)")
 def test_our_mark_survives_resolution_and_pickling():
     from sglang.srt.server_args import ServerArgs
 
-    from smg_sglang.engine.flags import ATTRIBUTE
+    from smg_sglang.engine.options.flags import ATTRIBUTE
 
     record = ServerArgs(model_path="dummy", device="cpu")
     record._resolution_finished = True
@@ -315,7 +323,7 @@ def test_our_mark_survives_resolution_and_pickling():
     assert getattr(pickle.loads(pickle.dumps(record)), ATTRIBUTE) == {"config": {}}
 
 
-@needed_by("engine/linker.py (device_pool)")
+@needed_by("engine/cache/linker.py (device_pool)")
 def test_a_kv_pool_is_rows_of_slots_by_layer():
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
@@ -334,7 +342,7 @@ def test_a_kv_pool_is_rows_of_slots_by_layer():
     assert layout.page_bytes == 3 * 2 * PAGE * (2 * 4 * 4)
 
 
-@needed_by("engine/cache.py")
+@needed_by("engine/cache/radix_cache.py")
 def test_our_classes_override_what_sglang_has():
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
@@ -353,7 +361,7 @@ def test_our_classes_override_what_sglang_has():
         assert not taken, "SGLang has a method of that name now"
 
 
-@needed_by("engine/streams.py (Order), held by tests/engine/test_streams_order.py")
+@needed_by("engine/streams/table.py (Order), held by tests/engine/streams/test_order.py")
 def test_under_overlap_the_scheduler_and_the_forward_wait_for_each_other():
     from sglang.srt.managers.scheduler import Scheduler
 
@@ -369,7 +377,7 @@ def test_under_overlap_the_scheduler_and_the_forward_wait_for_each_other():
     assert "self.forward_stream.wait_stream(self.schedule_stream)" in launch
 
 
-@needed_by("engine/cuda_attention.py")
+@needed_by("engine/attention/cuda.py")
 def test_an_eager_batch_names_its_requests_and_is_planned_as_it_is_computed():
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.runner.eager_runner import EagerRunner
@@ -383,7 +391,7 @@ def test_an_eager_batch_names_its_requests_and_is_planned_as_it_is_computed():
         assert planned < source.index("model_runner.model.forward(")
 
 
-@needed_by("engine/cuda_attention.py")
+@needed_by("engine/attention/cuda.py")
 def test_models_with_latents_ask_the_backend_for_its_name_and_the_registry_by_it():
     from sglang.srt.models import deepseek_v2
     from sglang.srt.models.deepseek_common import attention_forward_methods
@@ -396,7 +404,7 @@ def test_models_with_latents_ask_the_backend_for_its_name_and_the_registry_by_it
     assert "self.attn_mqa(\n" in core
 
 
-@needed_by("engine/attention_backend.py")
+@needed_by("engine/attention/backend.py")
 def test_the_model_runner_asks_which_backends_expand_prefixes_of_latents():
     from sglang.srt.arg_groups import choices
     from sglang.srt.model_executor.model_runner_components import misc_utils

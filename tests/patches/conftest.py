@@ -41,8 +41,9 @@ def hooks(monkeypatch) -> Hooks:
     """The hooks of the main process, of a worker and of the data-parallel controller."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
+    from smg_sglang.engine.seams import plugin
+
     # Imports SGLang's scheduler, so it comes before that has a stand-in.
-    from smg_sglang.engine import phase_controller, plugin  # noqa: F401
 
     by_target = defaultdict(list)
     scheduler = "sglang.srt.managers.scheduler"

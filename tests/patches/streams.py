@@ -15,10 +15,10 @@ from sglang.srt.mem_cache.allocator import BaseTokenToKVPoolAllocator
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from smg_sglang.engine import stream_scheduling
-from smg_sglang.engine.stream import Stream
-from smg_sglang.engine.stream_limits import Limits
-from smg_sglang.engine.streams import STREAMED, Streams
+from smg_sglang.engine.streams import scheduling as stream_scheduling
+from smg_sglang.engine.streams.limits import Limits
+from smg_sglang.engine.streams.stream import Stream
+from smg_sglang.engine.streams.table import STREAMED, Streams
 
 # A stream computes at most half of the device at once, and keeps a tail of 64 tokens on it.
 DEVICE, PAGE, HOST = 1024, 16, 8192

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from smg_sglang.engine.flags import ATTRIBUTE
+from smg_sglang.engine.options.flags import ATTRIBUTE
 
 MODULE = "sglang.srt.managers.data_parallel_controller"
 TARGET = f"{MODULE}.DataParallelController".removeprefix("sglang.srt.")
@@ -26,7 +26,7 @@ def events(monkeypatch):
     """What happened, in order: SGLang's controller and our shell start no workers here."""
     from sglang.srt.managers.data_parallel_controller import DataParallelController
 
-    from smg_sglang.engine import phase_controller
+    from smg_sglang.engine.split import controller as phase_controller
 
     seen = []
 
@@ -73,7 +73,7 @@ def run(source, mark, controller_class, **names):
 
 def choose(server_args):
     """What our plugin would register where SGLang has the patch."""
-    from smg_sglang.engine.phase_controller import PhaseDataParallelController
+    from smg_sglang.engine.split.controller import PhaseDataParallelController
 
     marked = "plans" in getattr(server_args, ATTRIBUTE, {})
     return PhaseDataParallelController if marked else None

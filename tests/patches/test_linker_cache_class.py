@@ -31,7 +31,7 @@ class SmgCache(Cache):
 def cheap_caches(monkeypatch):
     from sglang.srt.mem_cache import unified_radix_cache
 
-    from smg_sglang.engine import cache
+    from smg_sglang.engine.cache import radix_cache as cache
 
     monkeypatch.setattr(unified_radix_cache, "UnifiedRadixCache", Cache)
     monkeypatch.setattr(cache, "SmgRadixCache", SmgCache)

@@ -14,7 +14,7 @@ from sglang.srt.managers.io_struct import (
     FreezeGCReq,
 )
 
-from smg_sglang.engine import phase_worker
+from smg_sglang.engine.split import publication
 
 SENDER = "sglang.srt.managers.scheduler_components.output_sender"
 TARGET = f"{SENDER}.SenderWrapper".removeprefix("sglang.srt.")
@@ -33,7 +33,7 @@ class Worker:
         self.seen: list[tuple[str, str, str | None]] = []
         held = SimpleNamespace(send=self._note("held"))
         self.outputs = held if prefill else None
-        monkeypatch.setattr(phase_worker._Process, "outputs", self.outputs)
+        monkeypatch.setattr(publication._Process, "outputs", self.outputs)
 
     def output_gate(self):
         """What `SmgRadixCache` would have where SGLang has the patch."""

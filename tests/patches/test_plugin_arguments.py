@@ -7,7 +7,8 @@ import pickle
 
 import pytest
 
-from smg_sglang.engine import flags, launch, plugin
+from smg_sglang.engine.options import flags
+from smg_sglang.engine.seams import launch, plugin
 
 SERVER_ARGS = "sglang.srt.server_args"
 METHODS = ("add_cli_args", "from_cli_args", "resolve_once", "check_server_args")

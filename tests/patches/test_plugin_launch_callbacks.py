@@ -8,7 +8,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from smg_sglang.engine import launch
+from smg_sglang.engine.seams import launch
 
 ENGINE = "sglang.srt.entrypoints.engine"
 COMMON = "sglang.srt.utils.common"

@@ -8,7 +8,7 @@ import pytest
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.runtime_context import get_parallel
 
-from smg_sglang.engine import flags
+from smg_sglang.engine.options import flags
 
 from .streams import DEVICE, HOST, PAGE, Allocator, Asked, Plain, Streaming, defaults, request
 

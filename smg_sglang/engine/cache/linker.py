@@ -1,0 +1,147 @@
+"""Our implementation of SGLang's `UnifiedCacheLinker`: the host tier behind the device pools."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.mem_cache.hicache_storage import PoolName
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
+
+from smg_sglang.config import SmgConfig
+from smg_sglang.engine.cache.identity import model_identity
+from smg_sglang.engine.options.flags import ATTRIBUTE
+from smg_sglang.errors import ConfigError
+from smg_sglang.memory.namespace import Namespace
+from smg_sglang.metrics import TierMetrics
+from smg_sglang.tier.host_tier import HostTier
+from smg_sglang.transfer.layout import DevicePool
+from smg_sglang.transfer.mover import BeforeCopy, random_delay
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+    from sglang.srt.mem_cache.hicache_storage import PoolTransfer
+    from sglang.srt.server_args import ServerArgs
+
+logger = logging.getLogger(__name__)
+
+
+class SmgLinker(UnifiedCacheLinker):
+    """Built by SGLang once per worker (`create_unified_cache_linker`, backend "dynamic").
+
+    `SmgLinkerWrapper` asks `tier` directly for what this interface has no words for: the path of a
+    lookup and of an offload.
+    """
+
+    def __init__(
+        self,
+        server_args: ServerArgs,
+        params: CacheInitParams,
+        *,
+        components: set[Any],
+        extra_config: dict[str, Any],
+        forward_stream: Any = None,
+    ) -> None:
+        from sglang.srt.runtime_context import get_parallel
+
+        pool = device_pool(params.token_to_kv_pool_allocator.get_kvcache(), params.page_size)
+        parallel = get_parallel()
+        namespace = Namespace(
+            model=model_identity(server_args),
+            dtype=pool.layout.dtype,
+            layout=pool.layout.describe(),
+            page_size=params.page_size,
+            page_bytes=pool.layout.page_bytes,
+            tp_rank=parallel.attn_tp_rank,
+            tp_size=parallel.attn_tp_size,
+        )
+        self.forward_stream = forward_stream
+        self.tier = HostTier(
+            SmgConfig.from_builtins(extra_config),
+            getattr(server_args, ATTRIBUTE)["address"],
+            namespace,
+            pool,
+            forward_streams=() if forward_stream is None else (forward_stream,),
+            before_copy=_test_delay(),
+        )
+        self.layer_done_counter = self.tier.layer_counter
+        self.pools = {PoolName.KV: pool}
+        self._metrics = _metrics(self.tier, server_args) if params.enable_metrics else None
+
+    def spill_events(self) -> tuple[Any, ...]:
+        """The device events after which pages may be read; none on a CPU, where forwards return
+        when they are done (and `torch.cpu.Event` synchronises nothing)."""
+        if self.pools[PoolName.KV].device.type == "cpu":
+            return ()
+        return tuple(self.record_offload_ready())
+
+    # ---- UnifiedCacheLinker ----
+
+    def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
+        raise NotImplementedError("SmgLinkerWrapper.match looks up by path")
+
+    def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
+        return self.tier.load(rid, transfers[0].device_indices)
+
+    def start_layer_wise_loading(self) -> int:
+        return self.tier.start_loads()
+
+    def finish_layer_wise_loading(self, counter_index: int) -> bool:
+        return self.tier.finish_loads(counter_index)
+
+    def cancel_queued_load(self, rid: str) -> bool:
+        return self.tier.cancel(rid)
+
+    def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
+        raise NotImplementedError("SmgLinkerWrapper._offload_node spills by path")
+
+    def num_completed_offloads(self) -> int:
+        return self.tier.num_completed_spills()
+
+    def pop_completed_offload(self) -> bool:
+        return self.tier.pop_completed_spill()
+
+    def reset(self) -> None:
+        self.tier.flush()
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+        self.tier.close()
+
+
+def _test_delay() -> BeforeCopy | None:
+    """For stress tests: SMG_TEST_COPY_DELAY_MS delays every copy by up to that long, at random."""
+    milliseconds = float(os.environ.get("SMG_TEST_COPY_DELAY_MS", "0"))
+    return random_delay(milliseconds / 1000) if milliseconds > 0 else None
+
+
+def device_pool(kvcache: Any, page_size: int) -> DevicePool:
+    """SGLang's KV pool as byte rows.
+
+    Raises:
+        ConfigError: a pool that is neither plain MHA/GQA nor plain MLA.
+    """
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+
+    if type(kvcache) is MHATokenToKVPool:
+        return DevicePool.mha(kvcache.k_buffer, kvcache.v_buffer, page_size, kvcache.dtype)
+    if type(kvcache) is MLATokenToKVPool:
+        return DevicePool.mla(kvcache.kv_buffer, page_size, kvcache.dtype)
+    raise ConfigError(
+        f"--enable-smg does not know the KV pool {type(kvcache).__name__} of this model or these "
+        "flags; start without it."
+    )
+
+
+def _metrics(tier: HostTier, server_args: ServerArgs) -> TierMetrics:
+    from sglang.srt.runtime_context import get_parallel
+
+    labels = {
+        "model_name": server_args.served_model_name or server_args.model_path,
+        "tp_rank": str(get_parallel().tp_rank),
+    }
+    metrics = TierMetrics(labels, tier.read_metrics)
+    tier.observe_lookup = metrics.observe_lookup
+    return metrics

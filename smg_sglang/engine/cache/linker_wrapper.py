@@ -1,0 +1,129 @@
+"""What lies between SGLang's radix cache and our linker: hits below the device, and spills."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
+    ExternalCacheHitMarker,
+    UnifiedCacheLinkerWrapper,
+    _PendingOffload,
+)
+
+from smg_sglang.engine.cache.linker import SmgLinker
+from smg_sglang.engine.paths import page_path
+from smg_sglang.tree.page_keys import KEY_BYTES, keys_from_hex
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.base_prefix_cache import MatchResult
+
+    from smg_sglang.engine.cache.radix_cache import SmgRadixCache
+    from smg_sglang.tier.host_tier import HostTier
+
+
+class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
+    """Finds tails in the host level and spills nodes there, always by their path from the root."""
+
+    cache: SmgRadixCache
+    cache_linker: SmgLinker
+
+    def __init__(self, cache: SmgRadixCache, cache_linker: SmgLinker) -> None:
+        super().__init__(cache, cache_linker)
+        self.tier: HostTier = cache_linker.tier
+        # How often a node is inserted before the tree core asks for its spill. For write-back it
+        # never does: there `SmgRadixCache` spills on eviction. (The core's own write-back mode
+        # needs HiCache's host pool.)
+        cache.write_through_threshold = self.tier.config.write_policy.uses_before_spill
+
+    # ---- match: what lies below the device ----
+
+    def match(self, key: Any, req: Any, result: MatchResult) -> MatchResult:
+        """Extend a device match by the host pages that follow it.
+
+        Every rank comes to the same result, the shortest hit of any: what is found is a prefix, so
+        all of them have it.
+        """
+        self.hit_markers.pop(req.rid, None)
+        tail = self._tail_hashes(key, result, result.device_prefix_len)
+        head = self._path(result.last_device_node) if result.device_prefix_len else b""
+        if not tail:
+            self.tier.touch(req.rid, head)
+            return result
+        pages = self.tier.find(req.rid, head + keys_from_hex(tail), len(head) // KEY_BYTES)
+        (pages,) = self.cache.least_of_ranks(pages)
+        if pages == 0:
+            return result
+        self.hit_markers[req.rid] = ExternalCacheHitMarker(
+            tail_hashes=tail[:pages], device_hit_len=result.device_prefix_len
+        )
+        return result._replace(
+            last_host_node=result.best_match_node,
+            host_hit_length=pages * self.cache.page_size,
+        )
+
+    def _path(self, node_id: int) -> bytes:
+        core = self.cache.tree_core
+        return keys_from_hex(core.get_prefix_hash_values(node_id) + core.get_hash_values(node_id))
+
+    # ---- offload: a node and what its ancestors lack ----
+
+    def _offload_node(self, node_id: int, transfers: list[Any]) -> None:
+        """Spill a node; its ancestors' slots go along, in case the host level has lost them.
+
+        The lock on the node keeps the whole path on the device until the copy has ended.
+        """
+        lock = self.cache.inc_lock_ref(node_id).to_dec_params()
+        try:
+            self.tier.spill(
+                self._path(node_id),
+                self._path_slots(node_id),
+                own_slots=transfers[0].device_indices.numel(),
+                ready=self.cache_linker.spill_events(),
+            )
+        except BaseException:
+            self.cache.dec_lock_ref(node_id, lock)
+            raise
+        self.cache.tree_core.mark_external_linker_offload_pending(node_id)
+        self.pending_offloads.append(self._pending(node_id, lock))
+
+    @staticmethod
+    def _pending(node_id: int, lock: Any) -> Any:
+        return _PendingOffload(node_id, lock, [node_id])
+
+    def spill_before_eviction(self, node_id: int) -> None:
+        """Write-back: copy a leaf, and what the host level lacks above it, before its slots go."""
+        self.tier.spill_now(self._path(node_id), self._path_slots(node_id))
+
+    def spill_retracted(self, req: Any) -> None:
+        """Copy the whole pages of a request that is about to lose its slots, so that it is a host
+        hit when it resumes. The tree is left alone: its locks would keep memory that is wanted now.
+        """
+        req.refresh_fill_ids()
+        # The KV of the newest token may still be on its way.
+        known = min(len(req.full_untruncated_fill_ids), req.owned_kv_len()) - 1
+        page = self.cache.page_size
+        if known < page or req.skip_radix_cache_insert:
+            return
+        tokens = req.full_untruncated_fill_ids[: known // page * page]
+        path, _ = page_path(req, tokens, page)
+        row = self.cache.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : len(tokens)]
+        self.tier.spill_now(path, row.to(torch.int64))
+
+    def _path_slots(self, node_id: int) -> torch.Tensor:
+        """Device slots int64 of every token on the path from the root."""
+        core = self.cache.tree_core
+        extra_key, _ = core.prefetch_anchor_info(node_id)
+        slots = core.collect_full_device_indices(node_id, core.root_node_handle(extra_key))
+        return slots.to(torch.int64)
+
+    # ---- lifecycle ----
+
+    def release_request(self, rid: str) -> None:
+        super().release_request(rid)
+        self.tier.forget(rid)
+
+    def release_finished(self, rid: str) -> None:
+        """Drop what a request found and never loaded: a later chunk of it may have looked again."""
+        self.hit_markers.pop(rid, None)
+        self.tier.forget(rid)

@@ -1,0 +1,169 @@
+"""SGLang's unified radix cache with our policies: the device level of the hierarchical tree.
+
+`SmgRadixCache` comes in through `create_unified_radix_cache(cache_class=...)`, `SmgLinkerWrapper`
+through its `init_cache_linker`. SGLang keeps matching, slots and admission; what differs here is
+when pages are spilled and how a hit below the device is found.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from smg_sglang.config import WritePolicy
+from smg_sglang.engine.cache.linker import SmgLinker
+from smg_sglang.engine.cache.linker_wrapper import SmgLinkerWrapper
+from smg_sglang.engine.cache.prefetch import Prefetch
+from smg_sglang.engine.split import publication
+from smg_sglang.engine.streams.stream import Stream
+from smg_sglang.engine.streams.table import Streams, activate
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult
+
+    from smg_sglang.tier.host_tier import HostTier
+
+
+class SmgRadixCache(UnifiedRadixCache):
+    """The device level, and what hangs on it: `host_tier`, the level below; where they are switched
+    on, `streams`, the requests whose context is larger than the device, and `prefetch`, which loads
+    for requests that wait."""
+
+    streams: Streams | None = None
+    prefetch: Prefetch | None = None
+
+    @property
+    def host_tier(self) -> HostTier | None:
+        return self.linker.tier if isinstance(self.linker, SmgLinkerWrapper) else None
+
+    def init_cache_linker(self, cache_linker: UnifiedCacheLinker) -> None:
+        assert isinstance(cache_linker, SmgLinker)
+        self.linker = SmgLinkerWrapper(self, cache_linker)
+        if cache_linker.tier.config.stream_context:
+            self.streams = Streams(self, cache_linker.tier)
+            activate(self.streams)
+        if (ahead := cache_linker.tier.ahead) is not None:
+            self.prefetch = Prefetch(self, cache_linker.tier, ahead)
+
+    def reset(self) -> None:
+        if self.prefetch is not None:
+            self.prefetch.drop()
+        super().reset()
+
+    def internal_state(self) -> dict[str, Any]:
+        """What `/server_info` shows of the cache."""
+        parts = [part for part in (self.host_tier, self.streams, self.prefetch) if part is not None]
+        if not parts:
+            return {}
+        smg = publication.state()
+        for part in parts:
+            smg |= part.state()
+        return {"smg": smg}
+
+    def on_weight_update(self) -> None:
+        """The weights are about to change, perhaps in part. Loads ahead first: they hold leases of
+        the connection that the tier retires."""
+        if self.prefetch is not None:
+            self.prefetch.drop()
+        if self.host_tier is not None:
+            self.host_tier.weights_changed()
+        if self.streams is not None:
+            self.streams.weights_changed()
+
+    def least_of_ranks(self, *facts: int) -> list[int]:
+        """The least that any rank knows of each, by SGLang's own collective: all ranks enter it."""
+        known = torch.tensor(facts, dtype=torch.int64)
+        self._all_reduce_attn_groups(known, torch.distributed.ReduceOp.MIN)
+        least: list[int] = known.tolist()
+        return least
+
+    # ---- requests that wait ----
+
+    def check_hicache_events(self) -> None:
+        super().check_hicache_events()
+        if self.prefetch is not None:
+            self.prefetch.land()
+
+    def prefetch_waiting(self, queue: list[Any]) -> None:
+        """SGLang has formed a batch, and these requests go on waiting."""
+        if self.prefetch is not None:
+            self.prefetch.look_ahead(queue)
+
+    def tree_evictable_size(self) -> int:
+        """Tokens of the tree that nobody has locked."""
+        return int(super().evictable_size())
+
+    def evictable_size(self) -> int:
+        """And those on their way to the tree, which `_evict` gives back if need be."""
+        under_way = self.prefetch.tokens_under_way if self.prefetch is not None else 0
+        return self.tree_evictable_size() + under_way
+
+    def _evict(self, params: EvictParams, *args: Any, **kwargs: Any) -> EvictResult:
+        result: EvictResult = super()._evict(params, *args, **kwargs)
+        if self.prefetch is not None and result.num_tokens_evicted < params.num_tokens:
+            result.num_tokens_evicted += self.prefetch.give_back()
+        return result
+
+    # ---- requests that leave the device ----
+
+    def on_release(self, req: Any, *, checkpointed: bool) -> None:
+        super().on_release(req, checkpointed=checkpointed)
+        if isinstance(self.linker, SmgLinkerWrapper):
+            self.linker.release_finished(req.rid)
+        if self.streams is not None:
+            self.streams.close(req)
+
+    def before_retraction(self, req: Any) -> None:
+        """The request is about to lose its slots, and will resume."""
+        if not isinstance(self.linker, SmgLinkerWrapper) or not req.kv.holds_kv or req.finished():
+            return
+        if (stream := self._stream(req)) is not None:
+            stream.table.leave_tail(stream, self.page_size)
+        else:
+            self.linker.spill_retracted(req)
+
+    # ---- contexts larger than the device ----
+
+    def _stream(self, req: Any) -> Stream | None:
+        return self.streams.get(req) if self.streams is not None else None
+
+    def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
+        stream = self._stream(req)
+        if stream is None:
+            super().checkpoint(req, up_to=up_to, **kwargs)
+        else:
+            stream.table.checkpoint(stream, up_to)
+
+    def prefix_device_indices(self, req: Any) -> torch.Tensor:
+        if (stream := self._stream(req)) is not None:
+            return stream.table.prefix_slots(stream)
+        slots: torch.Tensor = super().prefix_device_indices(req)
+        return slots
+
+    def finish_external_linker_loads(self, reqs: list[Any]) -> list[Any]:
+        """SGLang drops the output of what this returns, with the reason, and releases it."""
+        failed: list[Any] = super().finish_external_linker_loads(reqs)
+        if self.streams is None or not len(self.streams):
+            return failed
+        return failed + [req for req in reqs if self._has_failed(req)]
+
+    def _has_failed(self, req: Any) -> bool:
+        """A prompt whose pages could not leave the device. (Where a stream that generates fails,
+        `make_decode_room` ends it.)"""
+        from smg_sglang.engine.streams.scheduling import failed
+
+        stream = self._stream(req)
+        if stream is None or stream.failure is None or req.output_ids:
+            return False
+        req.skip_radix_cache_insert = True
+        req.discard_output_reason = failed(stream)
+        return True
+
+    def _evict_device_leaf(self, node_id: int, tracker: Any) -> Any:
+        tier = self.host_tier
+        if tier is not None and tier.config.write_policy is WritePolicy.WRITE_BACK:
+            self.linker.spill_before_eviction(node_id)
+        return super()._evict_device_leaf(node_id, tracker)

@@ -1,0 +1,94 @@
+"""The memory server of a server that brings its own: started before the workers, stopped after."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from smg_sglang.box import GIB
+from smg_sglang.config import DEFAULT_EVICTION, SmgConfig
+from smg_sglang.engine.options.flags import ATTRIBUTE, refuse, refuse_model
+from smg_sglang.errors import ConfigError
+
+if TYPE_CHECKING:
+    from smg_sglang.memory.process import MemoryProcess
+
+logger = logging.getLogger(__name__)
+
+#: The memory servers that this process started. SGLang's Engine is a class method away from any
+#: instance when it launches its workers, so the handle cannot live on the instance.
+_running: list[MemoryProcess] = []
+
+
+@contextmanager
+def _one_sentence(origin: str) -> Iterator[None]:
+    """On a command line a refusal is one sentence and code 2, elsewhere a ConfigError."""
+    try:
+        yield
+    except ConfigError as error:
+        if origin == "cli":
+            refuse(error)
+        raise
+
+
+def check_model(server_args: Any) -> None:
+    """Refuse an unsupported model. Main process, before anything is started."""
+    choice = getattr(server_args, ATTRIBUTE, None)
+    if choice is not None:
+        with _one_sentence(choice["origin"]):
+            refuse_model(server_args)
+
+
+def prepare_split(server_args: Any) -> None:
+    """Plan prefill and decode workers, where they were asked for. Main process only."""
+    choice = getattr(server_args, ATTRIBUTE, None)
+    if choice is None or not SmgConfig.from_builtins(choice["config"]).workers:
+        return
+    from smg_sglang.engine.split import launch as phase_launch
+
+    with _one_sentence(choice["origin"]):
+        phase_launch.prepare(server_args)
+
+
+def start_memory(server_args: Any) -> None:
+    """Start the embedded memory server, or name the one to attach to. Main process only.
+
+    Writes the address into the record, which the workers receive pickled.
+    """
+    choice = getattr(server_args, ATTRIBUTE, None)
+    if choice is None or "address" in choice:
+        return
+    config = SmgConfig.from_builtins(choice["config"])
+    if config.memory_address is not None:
+        choice["address"] = config.memory_address
+        logger.info("smg: attaching to the memory server at %s", config.memory_address)
+        return
+    from smg_sglang.memory.process import MemoryProcess
+
+    assert config.host_gb is not None
+    with _one_sentence(choice["origin"]):
+        process = MemoryProcess.start(
+            host_bytes=int(config.host_gb * GIB),
+            eviction=config.eviction_policy or DEFAULT_EVICTION,
+        )
+    _running.append(process)
+    choice["address"] = process.address
+    logger.info(
+        "smg: %.2f GiB of host memory for KV pages, write policy %s, eviction policy %s, "
+        "memory server at %s",
+        config.host_gb,
+        config.write_policy,
+        config.eviction_policy,
+        process.address,
+    )
+
+
+def retire_memory() -> None:
+    """This process is about to kill its children: start none again, leave no files. Idempotent."""
+    while _running:
+        _running.pop().retire()
+    if (split := sys.modules.get("smg_sglang.engine.split.launch")) is not None:
+        split.retire()

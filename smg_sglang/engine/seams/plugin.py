@@ -1,0 +1,221 @@
+"""The entry point that SGLang calls in each of its processes, and every hook we set.
+
+Nothing here has an effect until `--enable-smg` is given: each hook looks for our mark on the
+arguments first. Hooks are the seams SGLang 0.5.23 lacks; `patches/` has their upstream form.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import setproctitle
+
+from smg_sglang.engine.options import flags
+from smg_sglang.engine.seams import launch
+from smg_sglang.engine.split import publication
+
+#: What SGLang calls the process of its data-parallel controller before it loads plugins.
+CONTROLLER_TITLE = "sglang::data_parallel_controller"
+
+
+def register() -> None:
+    """Register our hooks, and the CPU attention backend, with this SGLang process.
+
+    Called by SGLang's `load_plugins()` before arguments are parsed, in the main process and again
+    in each scheduler, detokenizer and controller process.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def hook(target: str, function: Callable[..., Any], kind: HookType) -> None:
+        HookRegistry.register(f"sglang.srt.{target}", function, kind)
+
+    hook("server_args.ServerArgs.add_cli_args", _after_add_cli_args, HookType.AFTER)
+    hook("server_args.ServerArgs.from_cli_args", _after_from_cli_args, HookType.AFTER)
+    hook("server_args.ServerArgs.resolve_once", _before_resolve_once, HookType.BEFORE)
+    hook("server_args.ServerArgs.check_server_args", _after_check, HookType.AFTER)
+    # Hooking a module imports it, so each process gets only the hooks of its own role.
+    if multiprocessing.parent_process() is None:
+        hook("utils.common.kill_process_tree", _before_kill_tree, HookType.BEFORE)
+    if "sglang.srt.managers.scheduler" in sys.modules:
+        _register_worker_hooks(hook, HookType)
+    if setproctitle.getproctitle() == CONTROLLER_TITLE:
+        from smg_sglang.engine.split.controller import PhaseDataParallelController
+
+        controller = "managers.data_parallel_controller.DataParallelController"
+        hook(controller, PhaseDataParallelController, HookType.REPLACE)
+    _register_attention()
+
+
+def _register_worker_hooks(hook: Callable[..., None], kind: Any) -> None:
+    hook("mem_cache.registry.create_unified_radix_cache", _around_create_cache, kind.AROUND)
+    parts = "managers.scheduler_components"
+    hook(
+        f"{parts}.internal_state.SchedulerInternalStateController.get_internal_state",
+        _after_internal_state,
+        kind.AFTER,
+    )
+    hook(
+        "managers.schedule_batch.ScheduleBatch.prepare_for_extend",
+        _around_prepare_for_extend,
+        kind.AROUND,
+    )
+    hook(f"{parts}.output_sender.SenderWrapper.send_output", _around_send_output, kind.AROUND)
+    hook("managers.schedule_batch.release_req", _before_release_req, kind.BEFORE)
+    hook("managers.scheduler.Scheduler.get_new_batch_prefill", _after_new_batch, kind.AFTER)
+    _register_stream_hooks(hook, kind)
+    # Updates by tensor, by broadcast and over RDMA run between begin and end.
+    for update, before in (
+        ("begin_weight_update", _before_begin_weight_update),
+        ("end_weight_update", _before_end_weight_update),
+        ("update_weights_from_disk", _before_weight_update),
+        ("update_weights_from_ipc", _before_weight_update),
+    ):
+        updater = f"{parts}.weight_updater.SchedulerWeightUpdaterManager"
+        hook(f"{updater}.{update}", before, kind.BEFORE)
+
+
+def _register_stream_hooks(hook: Callable[..., None], kind: Any) -> None:
+    """Contexts larger than the device: the places where SGLang asks what fits."""
+    from smg_sglang.engine.attention import backend as attention_backend
+    from smg_sglang.engine.attention.graphs import around_can_run_graph
+    from smg_sglang.engine.streams import scheduling as streams
+
+    attention_backend.expand_prefixes()
+    adder = "managers.schedule_policy.PrefillAdder"
+    hook(f"{adder}.add_one_req", streams.around_add_one_req, kind.AROUND)
+    hook(f"{adder}.add_chunked_req", streams.around_add_chunked_req, kind.AROUND)
+    hook(
+        f"{adder}._get_running_request_total_token_offset",
+        streams.around_running_offset,
+        kind.AROUND,
+    )
+    hook(
+        "managers.schedule_batch.ScheduleBatch.check_decode_mem",
+        streams.before_check_decode_mem,
+        kind.BEFORE,
+    )
+    hook(
+        "managers.scheduler.Scheduler.init_req_max_new_tokens",
+        streams.around_init_max_new_tokens,
+        kind.AROUND,
+    )
+    hook(
+        "managers.tp_worker.TpModelWorker.get_worker_info",
+        streams.after_get_worker_info,
+        kind.AFTER,
+    )
+    runner = "model_executor.runner"
+    for graphs in (
+        "decode_cuda_graph_runner.DecodeCudaGraphRunner",
+        "prefill_cuda_graph_runner.PrefillCudaGraphRunner",
+    ):
+        hook(f"{runner}.{graphs}.can_run_graph", around_can_run_graph, kind.AROUND)
+
+
+def _register_attention() -> None:
+    from smg_sglang.engine.attention import backend as attention_backend
+
+    attention_backend.register()
+
+
+def _after_add_cli_args(result: Any, parser: Any, *args: Any, **kwargs: Any) -> None:
+    flags.add_cli_args(parser)
+
+
+def _after_from_cli_args(result: Any, cls: Any, args: Any) -> None:
+    flags.configure_from_cli(result, args)
+
+
+def _before_resolve_once(server_args: Any) -> None:
+    """Programs that build SGLang's own Engine choose by environment: SMG_ENABLE=1."""
+    from smg_sglang.config import config_from_env
+
+    if flags.is_enabled(server_args) or getattr(server_args, "_resolution_finished", False):
+        return
+    given = config_from_env()
+    if given is not None:
+        flags.configure(server_args, given, origin="environment")
+
+
+def _after_check(result: Any, server_args: Any) -> None:
+    """SGLang checks the resolved arguments once, in the main process, then starts the workers."""
+    launch.check_model(server_args)
+    launch.prepare_split(server_args)
+    launch.start_memory(server_args)
+
+
+def _before_kill_tree(parent_pid: int | None = None, *args: Any, **kwargs: Any) -> None:
+    """Every end of a server goes through here: the memory server must not be started again."""
+    if parent_pid in (None, os.getpid()):
+        launch.retire_memory()
+
+
+def _around_create_cache(original: Callable[..., Any], ctx: Any, **kwargs: Any) -> Any:
+    if flags.is_enabled(ctx.server_args):
+        from smg_sglang.engine.cache.radix_cache import SmgRadixCache
+
+        kwargs["cache_class"] = SmgRadixCache
+    cache = original(ctx, **kwargs)
+    publication.attach(cache, ctx.server_args)
+    return cache
+
+
+def _around_send_output(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return publication.around_send_output(original, *args, **kwargs)
+
+
+def _after_internal_state(result: Any, component: Any, *args: Any) -> None:
+    internal_state = getattr(component.scheduler.tree_cache, "internal_state", None)
+    if internal_state is not None:
+        result.internal_state.update(internal_state())
+
+
+def _before_weight_update(component: Any, *args: Any, **kwargs: Any) -> None:
+    cache = getattr(component.scheduler, "tree_cache", None)
+    if (on_weight_update := getattr(cache, "on_weight_update", None)) is not None:
+        on_weight_update()
+
+
+def _before_begin_weight_update(component: Any, *args: Any, **kwargs: Any) -> None:
+    """SGLang refuses a session inside another."""
+    if component._session is None:
+        _before_weight_update(component)
+
+
+def _before_end_weight_update(component: Any, *args: Any, **kwargs: Any) -> None:
+    """And an end without a session."""
+    if component._session is not None:
+        _before_weight_update(component)
+
+
+def _after_new_batch(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Who is still in the queue waits: the time to load for them."""
+    prefetch_waiting = getattr(scheduler.tree_cache, "prefetch_waiting", None)
+    if prefetch_waiting is not None:
+        prefetch_waiting(scheduler.waiting_queue)
+
+
+def _before_release_req(*, req: Any, tree_cache: Any, **kwargs: Any) -> None:
+    """SGLang forgets the KV of a request it retracts (its own TODO there); we keep it."""
+    before_retraction = getattr(tree_cache, "before_retraction", None)
+    if before_retraction is not None:
+        before_retraction(req)
+
+
+def _around_prepare_for_extend(
+    original: Callable[..., Any], batch: Any, *args: Any, **kw: Any
+) -> Any:
+    """Count the prompt tokens of requests admitted for the first time, and their device hits."""
+    tier = getattr(batch.tree_cache, "host_tier", None)
+    if tier is None:
+        return original(batch, *args, **kw)
+    new = [req for req in batch.reqs if not req._cache_breakdown_computed]
+    result = original(batch, *args, **kw)
+    for req in new:
+        tier.counters.prompt_tokens += len(req.origin_input_ids)
+        tier.counters.hit_tokens["device"] += req.cached_tokens_device
+    return result

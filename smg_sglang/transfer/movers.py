@@ -1,0 +1,41 @@
+"""Which mover a device has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from smg_sglang.errors import ConfigError
+from smg_sglang.transfer.copy_choice import CopyMethods
+from smg_sglang.transfer.cpu import CpuMover
+from smg_sglang.transfer.layout import DevicePool
+from smg_sglang.transfer.mover import Mover
+from smg_sglang.transfer.pinning import ArenaPins
+
+
+def make_mover(
+    pool: DevicePool,
+    *,
+    order_after: Sequence[Any] = (),
+    pins: ArenaPins | None = None,
+    methods: CopyMethods | None = None,
+) -> Mover:
+    """The mover for the pool's device.
+
+    Args:
+        order_after: CUDA streams (the forward stream) that loads must come after, besides the
+            current one. Ignored on a CPU, where the forward is synchronous.
+        pins: of all movers that copy the same arenas; its own by default. A CPU pins nothing.
+        methods: how CUDA copies; by default with the kernel, so that no thread is needed. Ignored
+            on a CPU.
+
+    Raises:
+        ConfigError: there is no mover for this device.
+    """
+    if pool.device.type == "cpu":
+        return CpuMover(pool)
+    if pool.device.type == "cuda":
+        from smg_sglang.transfer.cuda import CudaMover
+
+        return CudaMover(pool, order_after=order_after, shared_pins=pins, methods=methods)
+    raise ConfigError(f"no page copies for device {pool.device.type}; supported: cpu, cuda")
