@@ -38,7 +38,8 @@ def imported(source, known):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= inside & known if inside <= known else inside | {node.module}
     return names & known
 
 
