@@ -33,7 +33,8 @@ bench: $(VENV)/.ready ## stock SGLang and ours on the same workloads: table, JSO
 bench-all: $(VENV)/.ready ## every benchmark, recorded in bench/results; ARGS=--quick for under 20 minutes
 	@$(RUN) -m bench.suite $(ARGS)
 
-readme: $(VENV)/.ready ## writes the README's measured table from bench/results
+readme: $(VENV)/.ready ## writes the README's tables: of flags, and of what bench/results has
+	@$(RUN) -m tools.flag_table
 	@$(RUN) -m bench.suite.readme $(ARGS)
 
 bench-programs: $(VENV)/.ready ## SGLang frontend programs on stock and ours, outputs compared; ARGS="flags"

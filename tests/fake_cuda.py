@@ -89,6 +89,12 @@ class Driver:
         del self.registered[address]
 
 
+def set_device(device):
+    """As strict as torch's."""
+    if device.index is None:
+        raise ValueError(f"Expected a torch.device with a specified index, but got {device}")
+
+
 class FakeCuda:
     """What `torch.cuda` is while it is installed. One device.
 
@@ -155,7 +161,8 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "Event", lambda **options: Event(self, **options))
         monkeypatch.setattr(torch.cuda, "stream", self.on)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: self.current)
-        monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+        monkeypatch.setattr(torch.cuda, "set_device", set_device)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
         monkeypatch.setattr(torch.cuda, "cudart", lambda: self.driver)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)

@@ -1,13 +1,13 @@
 import pytest
 
-from smg_sglang import config
 from smg_sglang.box import GIB, BoxMemory
-from smg_sglang.config import DEFAULT_EVICTION, EvictionName, WritePolicy, make_config
+from smg_sglang.config import DEFAULT_EVICTION, EvictionName, WritePolicy, checks, make_config
+from smg_sglang.config.flags import from_environment
 from smg_sglang.errors import ConfigError
 
 
 def free(monkeypatch, gib):
-    monkeypatch.setattr(config, "box_memory", lambda: BoxMemory(2 * gib * GIB, gib * GIB))
+    monkeypatch.setattr(checks, "box_memory", lambda: BoxMemory(2 * gib * GIB, gib * GIB))
 
 
 def test_the_default_host_size_is_a_share_of_what_is_free(monkeypatch):
@@ -57,12 +57,12 @@ def test_attaching_needs_no_host_size():
 
 
 def test_the_environment_chooses_for_programs_without_a_command_line(monkeypatch):
-    assert config.config_from_env() is None
+    assert from_environment() is None
     monkeypatch.setenv("SMG_ENABLE", "1")
     monkeypatch.setenv("SMG_HOST_GB", "1.5")
     monkeypatch.setenv("SMG_WRITE_POLICY", "write_back")
     monkeypatch.setenv("SMG_EVICTION_POLICY", "slru")
-    chosen = make_config(**config.config_from_env())
+    chosen = make_config(**from_environment())
     assert (chosen.host_gb, chosen.write_policy) == (1.5, WritePolicy.WRITE_BACK)
     assert chosen.eviction_policy is EvictionName.SLRU
 
@@ -77,4 +77,4 @@ def test_a_number_in_the_environment_that_is_none_is_named(monkeypatch):
     monkeypatch.setenv("SMG_ENABLE", "1")
     monkeypatch.setenv("SMG_HOST_GB", "lots")
     with pytest.raises(ConfigError, match="SMG_HOST_GB must be a number"):
-        config.config_from_env()
+        from_environment()

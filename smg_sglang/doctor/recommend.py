@@ -9,10 +9,12 @@ from smg_sglang.config import (
     DEFAULT_EVICTION,
     DEFAULT_SHARE,
     MIN_HOST_GB,
+    OPTIONS,
     EvictionName,
     SmgConfig,
     WritePolicy,
 )
+from smg_sglang.config.flags import ENABLE
 from smg_sglang.doctor.link import Link
 
 _SLOW_SPILLS_GBPS = 1.0
@@ -30,10 +32,9 @@ class Recommendation(msgspec.Struct, frozen=True):
     @property
     def flags(self) -> str:
         """As they are written on a command line."""
-        return (
-            f"--enable-smg --smg-host-gb {self.host_gb:g} --smg-page-size {self.page_size} "
-            f"--smg-eviction-policy {self.eviction_policy} --smg-write-policy {self.write_policy}"
-        )
+        chosen = {**msgspec.structs.asdict(self), "host_gb": f"{self.host_gb:g}"}
+        given = [f"{o.flag} {chosen[field]}" for field, o in OPTIONS.items() if field in chosen]
+        return " ".join([ENABLE, *given])
 
 
 def recommend(box: BoxMemory, links: list[Link], *, cuda: bool) -> Recommendation:

@@ -6,7 +6,8 @@ import math
 import sys
 
 from smg_sglang.box import GIB, box_memory
-from smg_sglang.config import DEFAULT_EVICTION, EvictionName
+from smg_sglang.config import EvictionName
+from smg_sglang.config.flags import add_memory_flags
 from smg_sglang.errors import ConfigError
 from smg_sglang.memory.address import Address
 from smg_sglang.memory.server import run_server
@@ -40,29 +41,16 @@ def _host_bytes(host_gb: float) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    default_gb = round(box_memory().available / GIB / 2, 2)
     parser = argparse.ArgumentParser(
         prog="python -m smg_sglang memory",
         description="Keep KV pages in host memory for the SGLang servers of this user on this "
         "machine. Point them here with --smg-memory ADDRESS.",
     )
-    parser.add_argument(
-        "--host-gb",
-        type=float,
-        default=default_gb,
-        metavar="GIB",
-        help="host memory for pages, in GiB (default: half of what is free, now %(default)s)",
-    )
+    add_memory_flags(parser, host_gb=round(box_memory().available / GIB / 2, 2))
     parser.add_argument(
         "--address",
         metavar="DIR",
         help=f"private directory for its sockets, ipc://DIR or DIR (default: {Address.default()})",
-    )
-    parser.add_argument(
-        "--eviction-policy",
-        choices=[policy.value for policy in EvictionName],
-        default=DEFAULT_EVICTION.value,
-        help="which pages go first when memory is full (default: %(default)s)",
     )
     parser.add_argument(
         "--no-pretouch",

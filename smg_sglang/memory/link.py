@@ -6,6 +6,7 @@ import random
 import select
 import threading
 import time
+from collections.abc import Callable
 
 from smg_sglang.errors import MemoryUnavailable
 from smg_sglang.memory.arena import ArenaMappings
@@ -30,10 +31,13 @@ class MemoryLink:
         first_backoff_s: float = 0.1,
         last_backoff_s: float = 5.0,
         mappings: ArenaMappings | None = None,
+        tell: Callable[[str], None] = log.warning,
     ) -> None:
         """Returns at once; the first connection comes when it comes (see `wait`).
 
-        Links that share `mappings` share one mapping of the arena.
+        Args:
+            mappings: links that share them share one mapping of the arena.
+            tell: takes the sentence for people when a server is not there, once each time.
         """
         self.address = address
         self.namespace = namespace
@@ -44,6 +48,7 @@ class MemoryLink:
         self._open_timeout_s = open_timeout_s
         self._backoffs = (first_backoff_s, last_backoff_s)
         self._mappings = mappings or ArenaMappings()
+        self._tell = tell
         self._connection: MemoryConnection | None = None
         self._closing = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -102,7 +107,10 @@ class MemoryLink:
         except Exception as error:  # whatever it is may pass; without this thread nothing would
             reason = repr(error)
         if self.last_error is None:  # once, not at every attempt
-            log.warning("no memory server for now: %s", reason)
+            self._tell(
+                f"no memory server for now: looked for one in {self.address} ({reason}); going on "
+                "without host memory until it appears"
+            )
         self.last_error = reason
         return None
 
@@ -119,7 +127,7 @@ class MemoryLink:
         if not self._closing:
             connection.mark_dead()
             self.last_error = f"the memory server at {self.address} went away"
-            log.warning("%s; going on without it", self.last_error)
+            self._tell(f"{self.last_error}; going on without it")
         connection.close()
 
     def _sleep(self, seconds: float | None, fd: int | None = None) -> None:

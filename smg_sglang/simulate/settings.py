@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from smg_sglang.config import DEFAULT_EVICTION, EvictionName, WritePolicy
+from smg_sglang.config import DEFAULT_EVICTION, EvictionName, SmgConfig, WritePolicy
 from smg_sglang.simulate.model import ModelCost
 from smg_sglang.trace.request import Request
 
@@ -30,9 +30,9 @@ class Settings:
     model: ModelCost
     device_tokens: int
     host_gb: float = 0.0
-    page_size: int = 16
+    page_size: int = SmgConfig.page_size
     eviction: EvictionName = DEFAULT_EVICTION
-    write_policy: WritePolicy = WritePolicy.WRITE_THROUGH
+    write_policy: WritePolicy = SmgConfig.write_policy
     chunk_tokens: int = 8192
     max_running: int = 256
     tflops: float = 400.0

@@ -26,7 +26,8 @@ class PinnedArena:
     def __init__(self, arena: np.ndarray, device: torch.device) -> None:
         self.pinned_bytes = 0
         self._arena = arena
-        self._device = device
+        # The pinning thread makes it current, and torch takes no device without its number there.
+        self._device = device if device.index is not None else _current(device)
         self._pieces: list[int] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="smg-pin", daemon=True)
@@ -69,6 +70,10 @@ class PinnedArena:
                 return
             self._pieces.append(address)
             self.pinned_bytes += len(piece)
+
+
+def _current(device: torch.device) -> torch.device:
+    return torch.device(device.type, torch.cuda.current_device())
 
 
 class ArenaPins:

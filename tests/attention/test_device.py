@@ -16,7 +16,7 @@ from smg_sglang.attention.host import HostRun
 from smg_sglang.attention.kernels import Kind, check_dtypes, kind_of, make_kernels
 from smg_sglang.attention.paged import Heads, PagedKeys, heads_of, one_slot_pages, whole_pages
 from smg_sglang.attention.partial import PartialState
-from smg_sglang.engine.options import flags
+from smg_sglang.engine.options.refusals import LATENT_ROWS
 from smg_sglang.errors import ConfigError
 from tests.interpreter import interpreted
 
@@ -175,7 +175,7 @@ def test_flashinfer_plans_all_lengths_of_latents_under_heads_that_divide_its_til
 
 @pytest.mark.parametrize("heads", [1, 16, 128])
 def test_flashinfer_plans_the_largest_chunk_that_is_allowed(heads):
-    new = flags.LATENT_ROWS // heads
+    new = LATENT_ROWS // heads
     kernels = make_kernels(Kind.LATENT, CPU, torch.empty(16, dtype=torch.uint8))
     shape = Heads(heads, 1, 576, 512, torch.bfloat16)
     for length, causal in [(new, True), (2 * new, True), (8192, False), (16, False)]:

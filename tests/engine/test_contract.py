@@ -79,8 +79,8 @@ SIGNATURES = [
         "self from_node_id until_node_id",
     ),
     ("cache/linker_wrapper.py", f"{CORE}.mark_external_linker_offload_pending", "self node_id"),
-    ("options/flags.py", "arg_groups.model_override_base.model_config_of", "server_args"),
-    ("options/flags.py", "mem_cache.kv_cache_builder.uses_ssm_state", "model_config"),
+    ("options/refusals.py", "arg_groups.model_override_base.model_config_of", "server_args"),
+    ("options/refusals.py", "mem_cache.kv_cache_builder.uses_ssm_state", "model_config"),
     # what we hook
     ("seams/plugin.py", "server_args.ServerArgs.add_cli_args", "parser"),
     ("seams/plugin.py", "server_args.ServerArgs.from_cli_args", "args"),
@@ -311,11 +311,11 @@ def test_an_engine_says_what_builds_its_arguments():
     assert "self.server_args_class(**kwargs)" in inspect.getsource(Engine.__init__)
 
 
-@needed_by("engine/options/flags.py (ATTRIBUTE)")
+@needed_by("engine/options/record.py (ATTRIBUTE)")
 def test_our_mark_survives_resolution_and_pickling():
     from sglang.srt.server_args import ServerArgs
 
-    from smg_sglang.engine.options.flags import ATTRIBUTE
+    from smg_sglang.engine.options.record import ATTRIBUTE
 
     record = ServerArgs(model_path="dummy", device="cpu")
     record._resolution_finished = True

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from smg_sglang.engine.options.flags import ATTRIBUTE
+from smg_sglang.engine.options.record import ATTRIBUTE
 
 MODULE = "sglang.srt.managers.data_parallel_controller"
 TARGET = f"{MODULE}.DataParallelController".removeprefix("sglang.srt.")

@@ -7,7 +7,9 @@ import pickle
 
 import pytest
 
-from smg_sglang.engine.options import flags
+from smg_sglang.config import SmgConfig
+from smg_sglang.engine.options.command_line import add_cli_args, configure_from_cli
+from smg_sglang.engine.options.record import ATTRIBUTE, is_enabled
 from smg_sglang.engine.seams import launch, plugin
 
 SERVER_ARGS = "sglang.srt.server_args"
@@ -41,10 +43,10 @@ def with_patch(patched):
 
     class Smg(registry.PluginArguments):
         def add_cli_args(self, parser):
-            flags.add_cli_args(parser)
+            add_cli_args(parser)
 
         def from_cli_args(self, server_args, args):
-            flags.configure_from_cli(server_args, args)
+            configure_from_cli(server_args, args)
 
         def before_resolution(self, server_args):
             plugin._before_resolve_once(server_args)
@@ -65,7 +67,7 @@ def parse(cls, argv):
 def fields(record):
     """What our part of the record comes to."""
     return {
-        "mark": getattr(record, flags.ATTRIBUTE, None),
+        "mark": getattr(record, ATTRIBUTE, None),
         "page_size": record.page_size,
         "linker": record.enable_unified_cache_external_linker,
         "config": record.unified_cache_external_linker_config,
@@ -89,14 +91,14 @@ def test_a_program_without_a_command_line_chooses_by_environment(
     cls = request.getfixturevalue(which)
     off = cls(model_path="dummy", device="cpu")
     off.resolve_once()
-    assert not flags.is_enabled(off)
+    assert not is_enabled(off)
     monkeypatch.setenv("SMG_ENABLE", "1")
     monkeypatch.setenv("SMG_HOST_GB", "0.25")
     record = cls(model_path="dummy", device="cpu")
     record.resolve_once()
     record.resolve_once()
     assert fields(record)["mark"]["origin"] == "environment"
-    assert record.page_size == flags.DEFAULT_PAGE_SIZE
+    assert record.page_size == SmgConfig.page_size
 
 
 @pytest.mark.parametrize("which", ["hooked", "with_patch"])
@@ -110,5 +112,5 @@ def test_the_mark_travels_to_the_workers():
     from sglang.srt.server_args import ServerArgs
 
     record = ServerArgs(model_path="dummy", device="cpu")
-    setattr(record, flags.ATTRIBUTE, {"config": {}})
-    assert getattr(pickle.loads(pickle.dumps(record)), flags.ATTRIBUTE) == {"config": {}}
+    setattr(record, ATTRIBUTE, {"config": {}})
+    assert getattr(pickle.loads(pickle.dumps(record)), ATTRIBUTE) == {"config": {}}

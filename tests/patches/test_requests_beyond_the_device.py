@@ -8,7 +8,7 @@ import pytest
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.runtime_context import get_parallel
 
-from smg_sglang.engine.options import flags
+from smg_sglang.engine.options.record import ATTRIBUTE
 
 from .streams import DEVICE, HOST, PAGE, Allocator, Asked, Plain, Streaming, defaults, request
 
@@ -36,7 +36,7 @@ def lengths(source, wrap, cache, *, context: int, asks: bool):
         server_args=SimpleNamespace(),
     )
     if isinstance(cache, Streaming):
-        setattr(worker.server_args, flags.ATTRIBUTE, {"config": {"stream_context": True}})
+        setattr(worker.server_args, ATTRIBUTE, {"config": {"stream_context": True}})
     told = source.function(
         WORKER, "TpModelWorker.get_worker_info", page_interleave_shard_size=lambda pool: 1
     )

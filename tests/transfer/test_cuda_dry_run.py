@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fake_cuda import Driver
+from tests.fake_cuda import Driver, set_device
 from tests.interpreter import interpreted
 from tests.transfer import worlds
 
@@ -38,7 +38,8 @@ def driver(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Nothing)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", Nothing)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)

@@ -65,9 +65,9 @@ def create(model_runner: Any) -> Any:
 def _on_cuda(model_runner: Any) -> Any:
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-    from smg_sglang.engine.options import flags
+    from smg_sglang.engine.options import record
 
-    if not flags.chosen(model_runner.server_args).get("stream_context"):
+    if not record.chosen(model_runner.server_args).stream_context:
         return ATTENTION_BACKENDS["flashinfer"](model_runner)
     from smg_sglang.engine.attention import cuda as cuda_attention
 

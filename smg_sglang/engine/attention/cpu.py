@@ -97,7 +97,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         windowed = layer.sliding_window_size is not None and layer.sliding_window_size > -1
         stock = windowed or layer.is_cross_attention or forward_batch.encoder_lens is not None
         if stock and self.plan is not None and self.plan.host is not None:
-            # `flags.refuse_streams` refuses such models at start; wrong text would be worse.
+            # `options.refusals` refuses such models at start; wrong text would be worse.
             raise ConfigError(
                 f"layer {layer.layer_id} has a sliding window or cross attention, which cannot "
                 "read host memory: start without --smg-stream-context"

@@ -11,7 +11,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCache
 
 from smg_sglang.config import SmgConfig
 from smg_sglang.engine.cache.identity import model_identity
-from smg_sglang.engine.options.flags import ATTRIBUTE
+from smg_sglang.engine.options.record import carried
 from smg_sglang.errors import ConfigError
 from smg_sglang.memory.namespace import Namespace
 from smg_sglang.metrics import TierMetrics
@@ -59,7 +59,7 @@ class SmgLinker(UnifiedCacheLinker):
         self.forward_stream = forward_stream
         self.tier = HostTier(
             SmgConfig.from_builtins(extra_config),
-            getattr(server_args, ATTRIBUTE)["address"],
+            carried(server_args)["address"],
             namespace,
             pool,
             forward_streams=() if forward_stream is None else (forward_stream,),

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from smg_sglang.box import GIB
-from smg_sglang.config import DEFAULT_EVICTION, SmgConfig
-from smg_sglang.engine.options.flags import ATTRIBUTE, refuse, refuse_model
+from smg_sglang.engine.options.command_line import refuse
+from smg_sglang.engine.options.record import carried, chosen, is_enabled
+from smg_sglang.engine.options.refusals import refuse_model
 from smg_sglang.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,32 +25,30 @@ _running: list[MemoryProcess] = []
 
 
 @contextmanager
-def _one_sentence(origin: str) -> Iterator[None]:
+def _one_sentence(server_args: Any) -> Iterator[None]:
     """On a command line a refusal is one sentence and code 2, elsewhere a ConfigError."""
     try:
         yield
     except ConfigError as error:
-        if origin == "cli":
+        if carried(server_args)["origin"] == "cli":
             refuse(error)
         raise
 
 
 def check_model(server_args: Any) -> None:
     """Refuse an unsupported model. Main process, before anything is started."""
-    choice = getattr(server_args, ATTRIBUTE, None)
-    if choice is not None:
-        with _one_sentence(choice["origin"]):
+    if is_enabled(server_args):
+        with _one_sentence(server_args):
             refuse_model(server_args)
 
 
 def prepare_split(server_args: Any) -> None:
     """Plan prefill and decode workers, where they were asked for. Main process only."""
-    choice = getattr(server_args, ATTRIBUTE, None)
-    if choice is None or not SmgConfig.from_builtins(choice["config"]).workers:
+    if not chosen(server_args).workers:
         return
     from smg_sglang.engine.split import launch as phase_launch
 
-    with _one_sentence(choice["origin"]):
+    with _one_sentence(server_args):
         phase_launch.prepare(server_args)
 
 
@@ -58,10 +57,9 @@ def start_memory(server_args: Any) -> None:
 
     Writes the address into the record, which the workers receive pickled.
     """
-    choice = getattr(server_args, ATTRIBUTE, None)
-    if choice is None or "address" in choice:
+    choice, config = carried(server_args), chosen(server_args)
+    if not choice or "address" in choice:
         return
-    config = SmgConfig.from_builtins(choice["config"])
     if config.memory_address is not None:
         choice["address"] = config.memory_address
         logger.info("smg: attaching to the memory server at %s", config.memory_address)
@@ -69,10 +67,10 @@ def start_memory(server_args: Any) -> None:
     from smg_sglang.memory.process import MemoryProcess
 
     assert config.host_gb is not None
-    with _one_sentence(choice["origin"]):
+    assert config.eviction_policy is not None
+    with _one_sentence(server_args):
         process = MemoryProcess.start(
-            host_bytes=int(config.host_gb * GIB),
-            eviction=config.eviction_policy or DEFAULT_EVICTION,
+            host_bytes=int(config.host_gb * GIB), eviction=config.eviction_policy
         )
     _running.append(process)
     choice["address"] = process.address

@@ -7,7 +7,8 @@ from typing import Any
 from sglang.srt.entrypoints.engine import Engine as SglangEngine
 from sglang.srt.server_args import ServerArgs
 
-from smg_sglang.engine.options.flags import configure, split_kwargs
+from smg_sglang.engine.options.command_line import split_kwargs
+from smg_sglang.engine.options.configuration import configure
 
 
 def _server_args(**kwargs: Any) -> ServerArgs:

@@ -14,7 +14,8 @@ from typing import Any
 
 import setproctitle
 
-from smg_sglang.engine.options import flags
+from smg_sglang.config import flags
+from smg_sglang.engine.options import command_line, configuration, record
 from smg_sglang.engine.seams import launch
 from smg_sglang.engine.split import publication
 
@@ -123,22 +124,20 @@ def _register_attention() -> None:
 
 
 def _after_add_cli_args(result: Any, parser: Any, *args: Any, **kwargs: Any) -> None:
-    flags.add_cli_args(parser)
+    command_line.add_cli_args(parser)
 
 
 def _after_from_cli_args(result: Any, cls: Any, args: Any) -> None:
-    flags.configure_from_cli(result, args)
+    command_line.configure_from_cli(result, args)
 
 
 def _before_resolve_once(server_args: Any) -> None:
     """Programs that build SGLang's own Engine choose by environment: SMG_ENABLE=1."""
-    from smg_sglang.config import config_from_env
-
-    if flags.is_enabled(server_args) or getattr(server_args, "_resolution_finished", False):
+    if record.is_enabled(server_args) or getattr(server_args, "_resolution_finished", False):
         return
-    given = config_from_env()
+    given = flags.from_environment()
     if given is not None:
-        flags.configure(server_args, given, origin="environment")
+        configuration.configure(server_args, given, origin="environment")
 
 
 def _after_check(result: Any, server_args: Any) -> None:
@@ -155,7 +154,7 @@ def _before_kill_tree(parent_pid: int | None = None, *args: Any, **kwargs: Any) 
 
 
 def _around_create_cache(original: Callable[..., Any], ctx: Any, **kwargs: Any) -> Any:
-    if flags.is_enabled(ctx.server_args):
+    if record.is_enabled(ctx.server_args):
         from smg_sglang.engine.cache.radix_cache import SmgRadixCache
 
         kwargs["cache_class"] = SmgRadixCache

@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang.srt.managers import data_parallel_controller as stock
 
-from smg_sglang.engine.options.flags import ATTRIBUTE
+from smg_sglang.engine.options.record import carried
 from smg_sglang.engine.split.shell import PhaseShell
 
 
@@ -23,7 +23,7 @@ class PhaseDataParallelController(stock.DataParallelController):  # type: ignore
         prelaunched_schedulers: Any = None,
     ) -> None:
         self._phases: PhaseShell | None = None
-        if "plans" not in (getattr(server_args, ATTRIBUTE, None) or {}):
+        if "plans" not in carried(server_args):
             super().__init__(
                 server_args, port_args, run_scheduler_process_func, prelaunched_schedulers
             )

@@ -12,7 +12,7 @@ from sglang.srt.arg_groups.overrides import resolving_view
 
 from smg_sglang.config import SmgConfig
 from smg_sglang.engine.cpu.platform import THREADS_BIND
-from smg_sglang.engine.options.flags import ATTRIBUTE
+from smg_sglang.engine.options.record import carried, chosen
 from smg_sglang.engine.split.plan import WorkerPlan, make_plan
 from smg_sglang.engine.split.sockets import make_directory, remove_directories
 from smg_sglang.phase.requests import Role
@@ -26,10 +26,10 @@ def prepare(server_args: Any) -> None:
     Raises:
         ConfigError: devices that are not there, or no place for sockets.
     """
-    choice = getattr(server_args, ATTRIBUTE, None)
-    if choice is None or "plans" in choice:
+    choice = carried(server_args)
+    if "plans" in choice:
         return
-    config = SmgConfig.from_builtins(choice["config"])
+    config = chosen(server_args)
     if not config.workers:
         return
     roles = [Role.PREFILL] * config.prefill_workers + [Role.DECODE] * config.decode_workers

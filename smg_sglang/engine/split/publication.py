@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from smg_sglang.engine.options.flags import ATTRIBUTE
+from smg_sglang.engine.options.record import carried
 from smg_sglang.phase.requests import Role
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class _Process:
 
 def attach(cache: Any, server_args: Any) -> None:
     """Called in each worker when its cache was made; does nothing but in a split."""
-    _Process.worker = (getattr(server_args, ATTRIBUTE, None) or {}).get("worker")
+    _Process.worker = carried(server_args).get("worker")
     if _Process.worker is None or _Process.worker["role"] != Role.PREFILL:
         return
     _Process.outputs = PublishedOutputs(

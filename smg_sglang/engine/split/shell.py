@@ -31,8 +31,7 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.utils.network import get_zmq_socket
 
-from smg_sglang.config import SmgConfig
-from smg_sglang.engine.options.flags import ATTRIBUTE
+from smg_sglang.engine.options.record import carried, chosen
 from smg_sglang.engine.split import wire
 from smg_sglang.engine.split.memory_shares import MemoryShares
 from smg_sglang.engine.split.metrics import PhaseMetrics
@@ -71,8 +70,7 @@ class PhaseShell:
     def __init__(
         self, server_args: Any, port_args: Any, run_scheduler: Callable[..., None]
     ) -> None:
-        choice = getattr(server_args, ATTRIBUTE)
-        config = SmgConfig.from_builtins(choice["config"])
+        choice, config = carried(server_args), chosen(server_args)
         plans = [WorkerPlan(**plan) for plan in choice["plans"]]
         prefill = sum(plan.role is Role.PREFILL for plan in plans)
         self.metrics = PhaseMetrics.make(server_args, plans)

@@ -17,7 +17,7 @@ import zmq
 from sglang.srt.server_args import PortArgs
 from sglang.srt.utils.network import get_zmq_socket
 
-from smg_sglang.engine.options.flags import ATTRIBUTE
+from smg_sglang.engine.options.record import carried
 from smg_sglang.engine.split.plan import WorkerPlan
 from smg_sglang.phase.requests import Role
 from smg_sglang.phase.restarts import Restarts
@@ -195,7 +195,7 @@ class WorkerLink:
         from sglang.srt.arg_groups.overrides import declare_resolution
 
         args = pickle.loads(pickle.dumps(self._server_args))
-        getattr(args, ATTRIBUTE)["worker"] = {
+        carried(args)["worker"] = {
             "role": str(self.plan.role),
             "index": self.plan.index,
             "outputs": f"ipc://{self._directory}/{self.plan.index}.{self.generation}.outputs",

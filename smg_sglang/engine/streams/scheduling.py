@@ -11,7 +11,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from smg_sglang.engine.options import flags
+from smg_sglang.engine.options import record
 from smg_sglang.engine.streams.limits import Limits, new_tokens
 from smg_sglang.engine.streams.stream import Stream
 from smg_sglang.engine.streams.table import STREAMED, Streams
@@ -31,7 +31,7 @@ def streams_of(cache: Any) -> Streams | None:
 def after_get_worker_info(result: Any, worker: Any) -> Any:
     """What a prompt may have is not bound by the device pool: (.., max_req_len,
     max_req_input_len, ..), as SGLang tells its other processes."""
-    if not flags.chosen(worker.server_args).get("stream_context"):
+    if not record.chosen(worker.server_args).stream_context:
         return result
     longest = worker.model_config.context_len - 1
     info = list(result)

@@ -25,7 +25,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from smg_sglang.attention.host import HostRun
 from smg_sglang.engine.attention import backend as attention_backend
 from smg_sglang.engine.attention import cuda as cuda_attention
-from smg_sglang.engine.options import flags
+from smg_sglang.engine.options.record import ATTRIBUTE
 from smg_sglang.engine.seams import plugin
 from smg_sglang.engine.streams import table as stream_table
 from smg_sglang.errors import ConfigError
@@ -198,7 +198,7 @@ def runner_for(model, config=None, **more):
         sizes |= {"head_dim": 192, "v_head_dim": 128}
         sizes |= {"kv_lora_rank": v_dim, "qk_rope_head_dim": dim - v_dim}
     sizes |= {"get_num_kv_heads": lambda tensor_parallel_size: model.heads[1]}
-    args = SimpleNamespace(**{flags.ATTRIBUTE: {"config": config or {}}})
+    args = SimpleNamespace(**{ATTRIBUTE: {"config": config or {}}})
     return SimpleNamespace(
         server_args=args, model_config=SimpleNamespace(**sizes), **(fields | more)
     )

@@ -3,7 +3,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from smg_sglang.engine.options import flags
+from smg_sglang.config import SmgConfig
+from smg_sglang.engine.options import command_line, configuration, refusals
+from smg_sglang.engine.options.record import is_enabled
 from smg_sglang.errors import ConfigError
 
 
@@ -45,38 +47,38 @@ def make_args(**changes):
 
 def parse(*argv):
     parser = argparse.ArgumentParser()
-    flags.add_cli_args(parser)
+    command_line.add_cli_args(parser)
     return parser.parse_args(argv)
 
 
 def test_nothing_is_touched_without_the_flag():
     record = make_args()
     before = dict(vars(record))
-    flags.configure_from_cli(record, parse())
+    command_line.configure_from_cli(record, parse())
     assert vars(record) == before
 
 
 def test_the_flag_selects_our_linker_and_a_page_size():
     record = make_args()
-    flags.configure_from_cli(record, parse("--enable-smg", "--smg-host-gb", "0.5"))
-    assert record.page_size == flags.DEFAULT_PAGE_SIZE
+    command_line.configure_from_cli(record, parse("--enable-smg", "--smg-host-gb", "0.5"))
+    assert record.page_size == SmgConfig.page_size
     assert record.enable_unified_cache_external_linker
     config = record.unified_cache_external_linker_config
     assert config["linker_extra_config"]["host_gb"] == 0.5
-    assert flags.is_enabled(record)
+    assert is_enabled(record)
 
 
 def test_on_a_cpu_the_pool_leaves_room_for_the_host_tier():
     default, chosen = make_args(), make_args(max_total_tokens=4096)
     for record in (default, chosen):
-        flags.configure(record, {"host_gb": 0.5}, origin="cli")
-    assert default.mem_fraction_static == flags.CPU_MEM_FRACTION
+        configuration.configure(record, {"host_gb": 0.5}, origin="cli")
+    assert default.mem_fraction_static == configuration.CPU_MEM_FRACTION
     assert chosen.mem_fraction_static is None
 
 
 def test_sglangs_own_page_size_wins():
     record = make_args(page_size=64)
-    flags.configure(record, {"host_gb": 0.5}, origin="cli")
+    configuration.configure(record, {"host_gb": 0.5}, origin="cli")
     assert record.page_size == 64
 
 
@@ -95,12 +97,12 @@ def test_sglangs_own_page_size_wins():
 )
 def test_what_cannot_be_combined_is_refused_by_name(changes, flag):
     with pytest.raises(ConfigError, match=flag):
-        flags.configure(make_args(**changes), {"host_gb": 0.5}, origin="engine")
+        configuration.configure(make_args(**changes), {"host_gb": 0.5}, origin="engine")
 
 
 def test_a_wrong_flag_ends_with_one_sentence_and_code_2(capsys):
     with pytest.raises(SystemExit) as end:
-        flags.configure_from_cli(make_args(), parse("--enable-smg", "--smg-host-gb", "-3"))
+        command_line.configure_from_cli(make_args(), parse("--enable-smg", "--smg-host-gb", "-3"))
     assert end.value.code == 2
     err = capsys.readouterr().err
     assert err.startswith("smg: --smg-host-gb") and err.count("\n") == 1
@@ -109,13 +111,13 @@ def test_a_wrong_flag_ends_with_one_sentence_and_code_2(capsys):
 @pytest.mark.parametrize("flag", ["--smg-host-gb", "--smg-page-size"])
 def test_a_zero_is_not_the_default(flag, capsys):
     with pytest.raises(SystemExit):
-        flags.configure_from_cli(make_args(), parse("--enable-smg", flag, "0"))
+        command_line.configure_from_cli(make_args(), parse("--enable-smg", flag, "0"))
     assert flag in capsys.readouterr().err
 
 
 def test_a_flag_of_ours_without_the_switch_is_refused(capsys):
     with pytest.raises(SystemExit):
-        flags.configure_from_cli(make_args(), parse("--smg-host-gb", "3"))
+        command_line.configure_from_cli(make_args(), parse("--smg-host-gb", "3"))
     assert "--smg-host-gb needs --enable-smg" in capsys.readouterr().err
 
 
@@ -124,21 +126,25 @@ def test_an_untested_sglang_is_refused_unless_it_is_asked_for(monkeypatch):
 
     monkeypatch.setattr(sglang, "__version__", "9.9.9")
     with pytest.raises(ConfigError, match=r"9\.9\.9 was not tested"):
-        flags.configure(make_args(), {"host_gb": 0.5}, origin="cli")
-    flags.configure(make_args(), {"host_gb": 0.5, "allow_untested_sglang": True}, origin="cli")
+        configuration.configure(make_args(), {"host_gb": 0.5}, origin="cli")
+    configuration.configure(
+        make_args(), {"host_gb": 0.5, "allow_untested_sglang": True}, origin="cli"
+    )
 
 
 def test_engine_keywords_are_split():
-    theirs, ours = flags.split_kwargs({"model_path": "m", "enable_smg": True, "smg_host_gb": 2})
+    theirs, ours = command_line.split_kwargs(
+        {"model_path": "m", "enable_smg": True, "smg_host_gb": 2}
+    )
     assert theirs == {"model_path": "m"}
     assert ours == {"host_gb": 2}
-    assert flags.split_kwargs({"model_path": "m"}) == ({"model_path": "m"}, None)
+    assert command_line.split_kwargs({"model_path": "m"}) == ({"model_path": "m"}, None)
 
 
 @pytest.mark.parametrize("kwargs", [{"smg_host_gb": 2}, {"enable_smg": True, "smg_colour": 1}])
 def test_engine_keywords_that_make_no_sense_are_refused(kwargs):
     with pytest.raises(ConfigError):
-        flags.split_kwargs(kwargs)
+        command_line.split_kwargs(kwargs)
 
 
 STREAMS = {"host_gb": 0.5, "stream_context": True}
@@ -146,21 +152,21 @@ STREAMS = {"host_gb": 0.5, "stream_context": True}
 
 def test_streams_on_cuda_choose_our_backend_and_say_that_it_never_ran_there(caplog):
     record = make_args(device="cuda")
-    flags.configure(record, STREAMS, origin="cli")
+    configuration.configure(record, STREAMS, origin="cli")
     assert record.attention_backend == "smg"
     assert "has never run on" in caplog.text
 
 
 def test_without_streams_sglang_chooses_its_backend_on_cuda(caplog):
     record = make_args(device="cuda")
-    flags.configure(record, {"host_gb": 0.5}, origin="cli")
+    configuration.configure(record, {"host_gb": 0.5}, origin="cli")
     assert record.attention_backend is None
     assert "never run" not in caplog.text
 
 
 def test_streams_on_a_cpu_leave_the_choice_to_the_platform(caplog):
     record = make_args()
-    flags.configure(record, STREAMS, origin="cli")
+    configuration.configure(record, STREAMS, origin="cli")
     assert record.attention_backend is None
     assert "never run" not in caplog.text
 
@@ -178,12 +184,12 @@ def test_streams_on_a_cpu_leave_the_choice_to_the_platform(caplog):
 )
 def test_what_streams_on_cuda_cannot_be_combined_with_is_refused_by_name(changes, flag):
     with pytest.raises(ConfigError, match=flag):
-        flags.configure(make_args(device="cuda", **changes), STREAMS, origin="engine")
+        configuration.configure(make_args(device="cuda", **changes), STREAMS, origin="engine")
 
 
 def test_streams_on_another_device_are_refused():
     with pytest.raises(ConfigError, match="not on npu"):
-        flags.configure(make_args(device="npu"), STREAMS, origin="engine")
+        configuration.configure(make_args(device="npu"), STREAMS, origin="engine")
 
 
 @pytest.fixture
@@ -206,18 +212,18 @@ def latent_model(monkeypatch):
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_latent_attention_is_streamed_in_every_dtype(latent_model, device, dtype):
     record = make_args(device=device, dtype=dtype, chunked_prefill_size=8192, is_embedding=False)
-    flags.configure(record, STREAMS, origin="engine")
-    flags.refuse_model(record)
+    configuration.configure(record, STREAMS, origin="engine")
+    refusals.refuse_model(record)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_chunks_that_flashinfer_has_no_plan_for_are_refused_at_start(latent_model, device):
     record = make_args(device=device, chunked_prefill_size=8193, is_embedding=False)
-    flags.configure(record, STREAMS, origin="engine")
+    configuration.configure(record, STREAMS, origin="engine")
     if device == "cpu":
-        flags.refuse_model(record)
+        refusals.refuse_model(record)
         return
     with pytest.raises(ConfigError, match="at most 8192 tokens"):
-        flags.refuse_model(record)
+        refusals.refuse_model(record)
     record.tp_size = 2
-    flags.refuse_model(record)
+    refusals.refuse_model(record)

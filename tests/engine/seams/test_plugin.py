@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from smg_sglang.engine.options import flags
+from smg_sglang.engine.options.record import ATTRIBUTE, is_enabled
 from smg_sglang.engine.seams import launch, plugin
 
 ARGUMENTS = {
@@ -132,7 +132,7 @@ def test_a_record_without_the_mark_passes_through_unchanged(plain, no_memory_ser
     plugin._after_check(None, plain)
     launch.start_memory(plain)
     assert vars(plain) == before
-    assert not flags.is_enabled(plain)
+    assert not is_enabled(plain)
 
 
 def test_the_hooks_give_sglang_its_own_results(plain):
@@ -190,7 +190,7 @@ def test_a_shutdown_without_a_memory_server_does_nothing(monkeypatch):
 def test_a_marked_record_gets_our_cache():
     from smg_sglang.engine.cache.radix_cache import SmgRadixCache
 
-    context = SimpleNamespace(server_args=SimpleNamespace(**{flags.ATTRIBUTE: {}}))
+    context = SimpleNamespace(server_args=SimpleNamespace(**{ATTRIBUTE: {}}))
     assert (
         plugin._around_create_cache(lambda ctx, cache_class: cache_class, context) is SmgRadixCache
     )

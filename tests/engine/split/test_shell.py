@@ -23,7 +23,7 @@ from sglang.srt.managers.io_struct import (  # noqa: E402
 )
 from sglang.srt.server_args import PortArgs, ServerArgs  # noqa: E402
 
-from smg_sglang.engine.options.flags import ATTRIBUTE  # noqa: E402
+from smg_sglang.engine.options.record import ATTRIBUTE  # noqa: E402
 from smg_sglang.engine.split import launch as phase_launch  # noqa: E402
 from smg_sglang.engine.split import worker_link as phase_workers  # noqa: E402
 from smg_sglang.engine.split.controller import PhaseShell  # noqa: E402
