@@ -108,8 +108,7 @@ class MemoryLink:
             reason = repr(error)
         if self.last_error is None:  # once, not at every attempt
             self._tell(
-                f"no memory server for now: looked for one in {self.address} ({reason}); going on "
-                "without host memory until it appears"
+                f"no memory server for now: {reason}; going on without host memory until it appears"
             )
         self.last_error = reason
         return None

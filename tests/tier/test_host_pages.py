@@ -157,7 +157,7 @@ def test_a_lookup_without_an_answer_finds_nothing(make_world, monkeypatch):
     def late(*args):
         raise MemoryUnavailable("no answer in 200 ms")
 
-    monkeypatch.setattr(world.tier._links.lookups.connection(), "lookup", late)
+    monkeypatch.setattr(world.tier.connections._pair.scheduler.connection(), "lookup", late)
     assert pages.find(path_of(1, 40)) == [] and pages.num_held == 0
     held = pages.keep(path_of(1, 40), 0, slots)
     assert [part.lease for part in held] == [None]
@@ -206,7 +206,7 @@ def test_new_weights_leave_held_pages_alone(make_world):
     assert torch.equal(bytes_of(held, world), before)
     world.tier.pages.release(held)
     assert world.tier.host_tokens() > 0
-    assert world.tier._retired == []
+    assert world.tier.connections._retired == []
 
 
 def test_connections_from_before_new_weights_stay_while_their_pages_are_held(make_world):
@@ -247,7 +247,9 @@ def test_memory_of_a_dead_server_is_unpinned_once_nothing_reads_it(make_world, m
     world.spill(1, 40, slots_at(0, 40))
     path = path_of(1, 40)
     held = world.tier.pages.find(path)
-    assert world.tier.find("r", path, 0) == 10 and world.tier.load("r", slots_at(100, 40))
+    assert world.tier.lookups.find("r", path, 0) == 10 and world.tier.load_backs.load(
+        "r", slots_at(100, 40)
+    )
     former = held[0].run.arena
 
     def after_a_lookup():
@@ -258,9 +260,9 @@ def test_memory_of_a_dead_server_is_unpinned_once_nothing_reads_it(make_world, m
     assert after_a_lookup() == []
     world.tier.pages.release(held)
     assert after_a_lookup() == []
-    index = world.tier.start_loads()
+    index = world.tier.load_backs.start()
     assert after_a_lookup() == []
-    world.tier.finish_loads(index)
+    world.tier.load_backs.finish(index)
     after_a_lookup()
     assert after_a_lookup() == [True]
 

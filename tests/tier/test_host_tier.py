@@ -39,8 +39,8 @@ class World:
         self.connected()
 
     def connected(self):
-        assert self.tier._links.lookups.wait(5)
-        assert self.tier._links.background.wait(5)
+        assert self.tier.connections._pair.scheduler.wait(5)
+        assert self.tier.connections._pair.background.wait(5)
 
     def restart(self):
         self.server.stop()
@@ -64,17 +64,20 @@ class World:
 
     def spill(self, seed, tokens, slots):
         self.write(seed, slots)
-        self.tier.spill(path_of(seed, tokens), slots, own_slots=len(slots))
+        self.tier.spills.submit(path_of(seed, tokens), slots, own_slots=len(slots))
         return self.completed()
 
     def completed(self):
-        self.tier._spills.drain()
-        return [self.tier.pop_completed_spill() for _ in range(self.tier.num_completed_spills())]
+        self.tier.spills.queue.drain()
+        return [
+            self.tier.spills.queue.pop_completed()
+            for _ in range(self.tier.spills.queue.num_completed())
+        ]
 
     def load(self, rid, slots):
-        if not self.tier.load(rid, slots):
+        if not self.tier.load_backs.load(rid, slots):
             return False
-        return self.tier.finish_loads(self.tier.start_loads())
+        return self.tier.load_backs.finish(self.tier.load_backs.start())
 
 
 def path_of(seed, tokens):
@@ -100,7 +103,7 @@ def test_what_was_spilled_is_found_and_loaded_byte_for_byte(make_world):
     world = make_world()
     assert world.spill(1, 32, slots_at(8, 32)) == [True]
     before = world.read(slots_at(8, 32))
-    assert world.tier.find("r", path_of(1, 40), 0) == 8
+    assert world.tier.lookups.find("r", path_of(1, 40), 0) == 8
     assert world.load("r", slots_at(100, 32))
     assert torch.equal(world.read(slots_at(100, 32)), before)
     assert world.tier.counters.hit_tokens["host"] == 32
@@ -111,7 +114,7 @@ def test_only_what_the_device_lacks_is_loaded(make_world):
     world = make_world()
     world.spill(1, 32, slots_at(0, 32))
     before = world.read(slots_at(12, 20))
-    assert world.tier.find("r", path_of(1, 32), 3) == 5
+    assert world.tier.lookups.find("r", path_of(1, 32), 3) == 5
     assert world.load("r", slots_at(200, 20))
     assert torch.equal(world.read(slots_at(200, 20)), before)
 
@@ -119,7 +122,7 @@ def test_only_what_the_device_lacks_is_loaded(make_world):
 def test_a_hit_may_be_cut_short(make_world):
     world = make_world()
     world.spill(1, 32, slots_at(0, 32))
-    world.tier.find("r", path_of(1, 32), 0)
+    world.tier.lookups.find("r", path_of(1, 32), 0)
     assert world.load("r", slots_at(200, 8))
     assert torch.equal(world.read(slots_at(200, 8)), world.read(slots_at(0, 8)))
     assert leases(world) == 0
@@ -127,10 +130,10 @@ def test_a_hit_may_be_cut_short(make_world):
 
 def test_a_load_without_a_lease_is_refused(make_world):
     world = make_world()
-    assert not world.tier.load("nobody", slots_at(0, 4))
+    assert not world.tier.load_backs.load("nobody", slots_at(0, 4))
     world.spill(1, 8, slots_at(0, 8))
-    world.tier.find("r", path_of(1, 8), 0)
-    assert not world.tier.load("r", slots_at(0, 12)), "more than was found"
+    world.tier.lookups.find("r", path_of(1, 8), 0)
+    assert not world.tier.load_backs.load("r", slots_at(0, 12)), "more than was found"
     assert leases(world) == 0
 
 
@@ -138,12 +141,12 @@ def test_cancelled_and_forgotten_requests_hold_nothing(make_world):
     world = make_world()
     world.spill(1, 32, slots_at(0, 32))
     for rid in ("cancelled", "forgotten"):
-        world.tier.find(rid, path_of(1, 32), 0)
+        world.tier.lookups.find(rid, path_of(1, 32), 0)
     assert leases(world) == 2
-    assert world.tier.load("cancelled", slots_at(100, 32))
-    assert world.tier.cancel("cancelled")
-    world.tier.forget("forgotten")
-    assert world.tier.start_loads() == -1
+    assert world.tier.load_backs.load("cancelled", slots_at(100, 32))
+    assert world.tier.load_backs.cancel("cancelled")
+    world.tier.lookups.forget("forgotten")
+    assert world.tier.load_backs.start() == -1
     assert leases(world) == 0
     assert not world.read(slots_at(100, 32)).any()
 
@@ -153,9 +156,9 @@ def test_a_prefix_that_the_host_lost_is_written_again_with_what_follows(make_wor
     world.spill(1, 16, slots_at(0, 16))
     world.tier.flush()
     world.write(1, slots_at(0, 32))
-    world.tier.spill(path_of(1, 32), slots_at(0, 32), own_slots=16)
+    world.tier.spills.submit(path_of(1, 32), slots_at(0, 32), own_slots=16)
     assert world.completed() == [True]
-    assert world.tier.find("r", path_of(1, 32), 0) == 8
+    assert world.tier.lookups.find("r", path_of(1, 32), 0) == 8
 
 
 def test_a_full_tier_forgets_the_oldest_prefix(make_world):
@@ -163,8 +166,8 @@ def test_a_full_tier_forgets_the_oldest_prefix(make_world):
     prompts = (1 << 20) // (16 * LAYERS * 2 * 2 * 8 * 4) + 1
     for seed in range(prompts):
         assert world.spill(seed, 16, slots_at(0, 16)) == [True]
-    assert world.tier.find("old", path_of(0, 16), 0) == 0
-    assert world.tier.find("new", path_of(prompts - 1, 16), 0) == 4
+    assert world.tier.lookups.find("old", path_of(0, 16), 0) == 0
+    assert world.tier.lookups.find("new", path_of(prompts - 1, 16), 0) == 4
 
 
 def test_a_prefix_that_is_hot_on_the_device_does_not_age_in_memory(make_world):
@@ -172,33 +175,33 @@ def test_a_prefix_that_is_hot_on_the_device_does_not_age_in_memory(make_world):
     prompts = (1 << 20) // (16 * LAYERS * 2 * 2 * 8 * 4) + 1
     world.spill(0, 16, slots_at(0, 16))
     for seed in range(1, prompts):
-        world.tier.touch(f"r{seed}", path_of(0, 16))
+        world.tier.lookups.touch(f"r{seed}", path_of(0, 16))
         world.tier.state()  # the same connection, so the touch has been handled
         assert world.spill(seed, 16, slots_at(0, 16)) == [True]
-    assert world.tier.find("hot", path_of(0, 16), 0) == 4
-    assert world.tier.find("cold", path_of(1, 16), 0) == 0
+    assert world.tier.lookups.find("hot", path_of(0, 16), 0) == 4
+    assert world.tier.lookups.find("cold", path_of(1, 16), 0) == 0
 
 
 def test_flush_forgets_everything(make_world):
     world = make_world()
     world.spill(1, 16, slots_at(0, 16))
     world.tier.flush()
-    assert world.tier.find("r", path_of(1, 16), 0) == 0
+    assert world.tier.lookups.find("r", path_of(1, 16), 0) == 0
     assert world.tier.state()["memory"]["pages_ready"] == 0
 
 
 def test_a_flush_that_the_server_missed_is_made_up_before_the_next_lookup(make_world):
     world = make_world()
     world.spill(1, 16, slots_at(0, 16))
-    real = world.tier._links.lookups.connection()
+    real = world.tier.connections._pair.scheduler.connection()
     stalled = type(real).stalled
     try:
         type(real).stalled = property(lambda self: True)
         world.tier.flush()
-        assert world.tier.find("a", path_of(1, 16), 0) == 0
+        assert world.tier.lookups.find("a", path_of(1, 16), 0) == 0
     finally:
         type(real).stalled = stalled
-    assert world.tier.find("b", path_of(1, 16), 0) == 0
+    assert world.tier.lookups.find("b", path_of(1, 16), 0) == 0
     assert world.tier.state()["memory"]["pages_ready"] == 0
 
 
@@ -207,19 +210,19 @@ def test_other_weights_are_another_namespace(make_world):
     world.spill(1, 16, slots_at(0, 16))
     world.tier.weights_changed()
     world.connected()
-    assert world.tier.find("r", path_of(1, 16), 0) == 0
+    assert world.tier.lookups.find("r", path_of(1, 16), 0) == 0
     assert world.spill(1, 16, slots_at(0, 16)) == [True]
-    assert world.tier.find("s", path_of(1, 16), 0) == 4
+    assert world.tier.lookups.find("s", path_of(1, 16), 0) == 4
 
 
 def test_a_weight_update_leaves_completed_spills_to_be_popped(make_world):
     """Each holds a lock in SGLang's tree, which only its completion releases."""
     world = make_world()
     world.write(1, slots_at(0, 16))
-    world.tier.spill(path_of(1, 16), slots_at(0, 16), own_slots=16)
+    world.tier.spills.submit(path_of(1, 16), slots_at(0, 16), own_slots=16)
     world.tier.weights_changed()
-    assert world.tier.num_completed_spills() == 1
-    assert world.tier.pop_completed_spill()
+    assert world.tier.spills.queue.num_completed() == 1
+    assert world.tier.spills.queue.pop_completed()
 
 
 def test_pages_of_a_former_weight_update_do_not_stay_in_memory(make_world):
@@ -261,10 +264,10 @@ def test_without_a_server_everything_is_a_miss_and_nothing_raises(make_world):
     world = make_world()
     world.spill(1, 16, slots_at(0, 16))
     world.server.stop()
-    until(lambda: world.tier._links.lookups.connection() is None)
-    assert world.tier.find("r", path_of(1, 16), 0) == 0
+    until(lambda: world.tier.connections._pair.scheduler.connection() is None)
+    assert world.tier.lookups.find("r", path_of(1, 16), 0) == 0
     assert world.spill(2, 16, slots_at(0, 16)) == [False]
-    assert not world.tier.spill_now(path_of(2, 16), slots_at(0, 16))
+    assert not world.tier.spills.spill_now(path_of(2, 16), slots_at(0, 16))
     world.tier.flush()
     state = world.tier.state()
     assert not state["memory_connected"]
@@ -279,7 +282,7 @@ def test_a_lease_of_a_dead_server_is_refused_alone_and_good_among_ranks(make_wor
     for tp_size, loaded in ((1, False), (2, True)):
         world = make_world(tp_size=tp_size)
         world.spill(1, 16, slots_at(0, 16))
-        world.tier.find("r", path_of(1, 16), 0)
+        world.tier.lookups.find("r", path_of(1, 16), 0)
         world.restart()
         assert world.load("r", slots_at(100, 16)) is loaded
         if loaded:
@@ -291,14 +294,14 @@ def test_a_load_that_is_refused_is_computed_alone_and_fails_among_ranks(make_wor
     for tp_size in (1, 2):
         world = make_world(tp_size=tp_size)
         world.spill(1, 16, slots_at(0, 16))
-        world.tier.find("r", path_of(1, 16), 0)
+        world.tier.lookups.find("r", path_of(1, 16), 0)
         monkeypatch.setattr(world.tier._mover, "prepare", refuse)
-        queued = world.tier.load("r", slots_at(100, 16))
+        queued = world.tier.load_backs.load("r", slots_at(100, 16))
         assert queued is (tp_size > 1)
-        index = world.tier.start_loads()
+        index = world.tier.load_backs.start()
         assert (index >= 0) is queued
         if queued:
-            assert not world.tier.finish_loads(index)
+            assert not world.tier.load_backs.finish(index)
         assert world.tier.state()["leases_held"] == 0
         assert leases(world) == 0
 
@@ -311,9 +314,9 @@ def test_write_back_copies_before_it_returns(make_world):
     world = make_world()
     world.write(1, slots_at(0, 16))
     kept = world.read(slots_at(0, 16))
-    assert world.tier.spill_now(path_of(1, 16), slots_at(0, 16))
+    assert world.tier.spills.spill_now(path_of(1, 16), slots_at(0, 16))
     world.write(2, slots_at(0, 16))
-    assert world.tier.find("r", path_of(1, 16), 0) == 4
+    assert world.tier.lookups.find("r", path_of(1, 16), 0) == 4
     assert world.load("r", slots_at(100, 16))
     assert torch.equal(world.read(slots_at(100, 16)), kept)
     assert world.tier.read_metrics()["smg:spilled_bytes"] == 4 * PAGE * LAYERS * 2 * 2 * 8 * 4
@@ -322,11 +325,11 @@ def test_write_back_copies_before_it_returns(make_world):
 def test_a_copy_that_fails_is_a_dropped_page_not_an_exception(make_world):
     world = make_world()
     beyond = slots_at(SLOTS, 16)
-    assert not world.tier.spill_now(path_of(1, 16), beyond)
+    assert not world.tier.spills.spill_now(path_of(1, 16), beyond)
     assert world.tier.counters.dropped_pages["error"] == 4
     world.spill(2, 16, slots_at(0, 16))
-    assert world.tier.find("r", path_of(2, 16), 0) == 4
-    assert not world.tier.load("r", beyond)
+    assert world.tier.lookups.find("r", path_of(2, 16), 0) == 4
+    assert not world.tier.load_backs.load("r", beyond)
     assert world.tier.state()["memory"]["pages_writing"] == 0
     assert leases(world) == 0
 
@@ -342,22 +345,22 @@ def test_delayed_copies_give_the_same_bytes_whatever_happens_between(make_world)
             slots = slots_at(seed * 16, 16)
             world.write(seed, slots)
             kept[seed] = world.read(slots)
-            world.tier.spill(path_of(seed, 16), slots, own_slots=16)
+            world.tier.spills.submit(path_of(seed, 16), slots, own_slots=16)
             if rng.random() < 0.3:
                 world.completed()
-        elif world.tier.find(f"r{step}", path_of(seed, 16), 0) == 4:
+        elif world.tier.lookups.find(f"r{step}", path_of(seed, 16), 0) == 4:
             slots = slots_at(128 + 16 * (step % 8), 16)
-            assert world.tier.load(f"r{step}", slots)
+            assert world.tier.load_backs.load(f"r{step}", slots)
             if rng.random() < 0.2:
-                assert world.tier.cancel(f"r{step}")
+                assert world.tier.load_backs.cancel(f"r{step}")
                 continue
-            index = world.tier.start_loads()
-            world.tier.layer_counter.set_consumer(index)
+            index = world.tier.load_backs.start()
+            world.tier.load_backs.loads.counter.set_consumer(index)
             for layer in range(LAYERS):
-                world.tier.layer_counter.wait_until(layer)
+                world.tier.load_backs.loads.counter.wait_until(layer)
                 assert torch.equal(world.k[layer][slots], kept[seed][layer])
                 assert torch.equal(world.v[layer][slots], kept[seed][LAYERS + layer])
-            assert world.tier.finish_loads(index)
+            assert world.tier.load_backs.finish(index)
         if rng.random() < 0.05:
             world.tier.flush()
     world.completed()

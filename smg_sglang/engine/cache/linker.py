@@ -65,7 +65,7 @@ class SmgLinker(UnifiedCacheLinker):
             forward_streams=() if forward_stream is None else (forward_stream,),
             before_copy=_test_delay(),
         )
-        self.layer_done_counter = self.tier.layer_counter
+        self.layer_done_counter = self.tier.load_backs.loads.counter
         self.pools = {PoolName.KV: pool}
         self._metrics = _metrics(self.tier, server_args) if params.enable_metrics else None
 
@@ -82,25 +82,25 @@ class SmgLinker(UnifiedCacheLinker):
         raise NotImplementedError("SmgLinkerWrapper.match looks up by path")
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
-        return self.tier.load(rid, transfers[0].device_indices)
+        return self.tier.load_backs.load(rid, transfers[0].device_indices)
 
     def start_layer_wise_loading(self) -> int:
-        return self.tier.start_loads()
+        return self.tier.load_backs.start()
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
-        return self.tier.finish_loads(counter_index)
+        return self.tier.load_backs.finish(counter_index)
 
     def cancel_queued_load(self, rid: str) -> bool:
-        return self.tier.cancel(rid)
+        return self.tier.load_backs.cancel(rid)
 
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
         raise NotImplementedError("SmgLinkerWrapper._offload_node spills by path")
 
     def num_completed_offloads(self) -> int:
-        return self.tier.num_completed_spills()
+        return self.tier.spills.queue.num_completed()
 
     def pop_completed_offload(self) -> bool:
-        return self.tier.pop_completed_spill()
+        return self.tier.spills.queue.pop_completed()
 
     def reset(self) -> None:
         self.tier.flush()
@@ -143,5 +143,5 @@ def _metrics(tier: HostTier, server_args: ServerArgs) -> TierMetrics:
         "tp_rank": str(get_parallel().tp_rank),
     }
     metrics = TierMetrics(labels, tier.read_metrics)
-    tier.observe_lookup = metrics.observe_lookup
+    tier.lookups.observe = metrics.observe_lookup
     return metrics

@@ -48,9 +48,9 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
         tail = self._tail_hashes(key, result, result.device_prefix_len)
         head = self._path(result.last_device_node) if result.device_prefix_len else b""
         if not tail:
-            self.tier.touch(req.rid, head)
+            self.tier.lookups.touch(req.rid, head)
             return result
-        pages = self.tier.find(req.rid, head + keys_from_hex(tail), len(head) // KEY_BYTES)
+        pages = self.tier.lookups.find(req.rid, head + keys_from_hex(tail), len(head) // KEY_BYTES)
         (pages,) = self.cache.least_of_ranks(pages)
         if pages == 0:
             return result
@@ -75,7 +75,7 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
         """
         lock = self.cache.inc_lock_ref(node_id).to_dec_params()
         try:
-            self.tier.spill(
+            self.tier.spills.submit(
                 self._path(node_id),
                 self._path_slots(node_id),
                 own_slots=transfers[0].device_indices.numel(),
@@ -93,7 +93,7 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
 
     def spill_before_eviction(self, node_id: int) -> None:
         """Write-back: copy a leaf, and what the host level lacks above it, before its slots go."""
-        self.tier.spill_now(self._path(node_id), self._path_slots(node_id))
+        self.tier.spills.spill_now(self._path(node_id), self._path_slots(node_id))
 
     def spill_retracted(self, req: Any) -> None:
         """Copy the whole pages of a request that is about to lose its slots, so that it is a host
@@ -108,7 +108,7 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
         tokens = req.full_untruncated_fill_ids[: known // page * page]
         path, _ = page_path(req, tokens, page)
         row = self.cache.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : len(tokens)]
-        self.tier.spill_now(path, row.to(torch.int64))
+        self.tier.spills.spill_now(path, row.to(torch.int64))
 
     def _path_slots(self, node_id: int) -> torch.Tensor:
         """Device slots int64 of every token on the path from the root."""
@@ -121,9 +121,9 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
 
     def release_request(self, rid: str) -> None:
         super().release_request(rid)
-        self.tier.forget(rid)
+        self.tier.lookups.forget(rid)
 
     def release_finished(self, rid: str) -> None:
         """Drop what a request found and never loaded: a later chunk of it may have looked again."""
         self.hit_markers.pop(rid, None)
-        self.tier.forget(rid)
+        self.tier.lookups.forget(rid)

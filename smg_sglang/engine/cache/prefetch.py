@@ -226,9 +226,9 @@ class Prefetch:
         pages = min(wanted, self._room() // self._page)
         if pages < min(wanted, self._piece_pages, self._share(LEAST) // self._page):
             return False
-        lease = self._tier.lookup(waiting.path[: (begin + pages) * KEY_BYTES], begin)
+        lease = self._tier.lookups.lookup(waiting.path[: (begin + pages) * KEY_BYTES], begin)
         found = 0 if lease is None else len(lease.pages)
-        found, answers = self._cache.least_of_ranks(found, self._tier.answers)
+        found, answers = self._cache.least_of_ranks(found, self._tier.connections.answers)
         if lease is None or not found:
             if lease is not None:
                 self._tier.release(lease)

@@ -165,7 +165,7 @@ class Streams:
             self._pages.release(held)
             slots = self._cache.prefix_device_indices(req)
             on_device = slots.numel() // self.page
-            self._tier.spill_now(path[: on_device * KEY_BYTES], slots)
+            self._tier.spills.spill_now(path[: on_device * KEY_BYTES], slots)
             held = self._find(path)
         pages = pages_of(held)
         stream.held, stream.path = held, path[: pages * KEY_BYTES]

@@ -34,14 +34,17 @@ class Tier:
 
     def __init__(self, policy) -> None:
         self.config = SimpleNamespace(write_policy=policy, stream_context=False)
-        self.layer_counter = self.ahead = None
+        self.ahead = None
+        # One object stands for all parts of a tier.
+        self.lookups = self.spills = self.queue = self
+        self.load_backs = SimpleNamespace(loads=SimpleNamespace(counter=None))
         self.spilled = []
         self.spilled_now = []
         self.host_pages = 0
         self.completed = []
         self.forgotten = []
 
-    def spill(self, path, slots, own_slots, ready):
+    def submit(self, path, slots, own_slots, ready):
         assert ready == ()
         self.spilled.append((path, slots.tolist(), own_slots))
 
@@ -55,10 +58,10 @@ class Tier:
     def forget(self, rid):
         self.forgotten.append(rid)
 
-    def num_completed_spills(self):
+    def num_completed(self):
         return len(self.completed)
 
-    def pop_completed_spill(self):
+    def pop_completed(self):
         return self.completed.pop(0)
 
 
@@ -207,9 +210,9 @@ def test_a_leaf_passes_through_our_hands_before_its_slots_are_freed():
     world = World(WritePolicy.WRITE_BACK)
     slots = world.insert(A)
     free = world.allocator.available_size()
-    spill_now = world.tier.spill_now
+    spill_now = world.tier.spills.spill_now
     seen = []
-    world.tier.spill_now = lambda *args: (
+    world.tier.spills.spill_now = lambda *args: (
         seen.append(world.allocator.available_size()),
         spill_now(*args),
     )

@@ -36,8 +36,8 @@ class World:
             memory_address=directory, write_policy=policy, lookup_timeout_ms=500, prefetch=True
         )
         self.tier = HostTier(config, directory, namespace, pool, before_copy=before_copy)
-        assert self.tier._links.lookups.wait(5)
-        assert self.tier._links.background.wait(5)
+        assert self.tier.connections._pair.scheduler.wait(5)
+        assert self.tier.connections._pair.background.wait(5)
         self.cache = make_cache(SLOTS, PAGE, self.tier)
         self.allocator = self.cache.token_to_kv_pool_allocator
         self.held = 0
@@ -81,7 +81,7 @@ class World:
 
     def spilled(self):
         """Wait until host memory has all that it was given."""
-        self.tier._spills.drain()
+        self.tier.spills.queue.drain()
         self.cache.check_hicache_events()
 
     def leave_device(self):
@@ -317,7 +317,7 @@ def test_without_a_memory_server_nothing_is_loaded(make_world):
     world.server.stop()
     world.settle(request("r", A))
     assert world.on_device(A) == 0
-    world.server = RunningServer(world.tier._address, 4 << 20)
+    world.server = RunningServer(world.tier.connections.address, 4 << 20)
 
 
 def test_making_room_does_not_evict_the_head_that_is_extended(make_world):
@@ -428,7 +428,7 @@ def test_a_memory_server_that_is_late_is_asked_again(make_world):
     world = make_world()
     world.compute(A[:40])
     world.leave_device()
-    waiting, connection = request("r", A), type(world.tier._links.lookups.connection())
+    waiting, connection = request("r", A), type(world.tier.connections._pair.scheduler.connection())
     stalled = connection.stalled
     try:
         connection.stalled = property(lambda self: True)
@@ -567,9 +567,9 @@ def test_ranks_have_the_same_tree_after_each_step(make_world):
     slow = make_world(before_copy=sometimes(random_delay(0.004), fail=0.02))
     with ranks_of(fast, slow) as ranks:
         live(ranks, 400)
-        slow.tier._timeout_s = 0  # its memory is never in time
+        slow.tier.lookups._timeout_s = 0  # its memory is never in time
         live(ranks, 100, seed=6)
-        slow.tier._timeout_s = 0.5
+        slow.tier.lookups._timeout_s = 0.5
         slow.tier.ahead.queue = sometimes_refused(slow.tier.ahead.queue, 0.1)
         live(ranks, 400, seed=7)
         assert ranks.all(lambda world: world.tier.counters.prefetched_tokens) > 300

@@ -1,0 +1,108 @@
+"""Host pages that were found for a request, on their way into its device slots."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from smg_sglang.memory.client import Lease
+from smg_sglang.metrics import TierCounters
+from smg_sglang.tier.found import FoundLeases
+from smg_sglang.transfer.layer_loads import LayerLoads
+
+logger = logging.getLogger(__name__)
+
+
+class LoadBacks:
+    """Scheduler thread only; no method but `finish` waits. A lease is released after its load."""
+
+    def __init__(
+        self,
+        loads: LayerLoads,
+        found: FoundLeases[Lease],
+        release: Callable[[Lease], None],
+        counters: TierCounters,
+        *,
+        page_size: int,
+        one_rank: bool,
+    ) -> None:
+        """
+        Args:
+            found: what lookups have leased for requests.
+            one_rank: whether this worker decides alone.
+        """
+        self.loads = loads
+        self._found = found
+        self._release = release
+        self._counters = counters
+        self._page_size = page_size
+        self._one_rank = one_rank
+        self._queued: dict[str, Lease] = {}
+        self._started: dict[int, list[Lease]] = {}
+
+    def load(self, rid: str, slots: torch.Tensor) -> bool:
+        """Queue the load of the first pages found for `rid`; False where it must be computed.
+
+        Args:
+            slots: int64 [n * page_size] device slots, owned by the request until `finish`.
+        """
+        lease = self._found.take(rid)
+        if lease is None:
+            return False
+        pages = slots.numel() // self._page_size
+        # With several ranks all must decide alike. The mapping outlives the server, so that the
+        # bytes are right in either case; alone, we take the cautious way.
+        if len(lease.pages) < pages or (self._one_rank and not lease.held):
+            self._release(lease)
+            return False
+        offsets = lease.offsets[:pages]
+        try:
+            self.loads.queue(rid, slots, lease.arena.buffer, offsets, keep_alive=lease)
+        except ValueError:
+            # Nothing of ours may end the scheduler; two requests of one id would come here.
+            logger.exception("smg: a load was refused")
+            if self._one_rank or rid in self._queued:
+                self._release(lease)
+                return False
+            # The others load: that it has failed is agreed on when they have.
+            self.loads.queue_failed(rid, keep_alive=lease)
+        self._queued[rid] = lease
+        self._counters.hit_tokens["host"] += pages * self._page_size
+        return True
+
+    def cancel(self, rid: str) -> bool:
+        """Take back a load that has not started; False where there is none."""
+        if not self.loads.cancel(rid):
+            return False
+        self._release(self._queued.pop(rid))
+        return True
+
+    def start(self) -> int:
+        """Start what is queued, as one batch; its index for the layer counter, or -1."""
+        index = self.loads.start()
+        if index >= 0:
+            self._started[index] = list(self._queued.values())
+            self._queued.clear()
+        return index
+
+    def finish(self, index: int) -> bool:
+        """Wait until a batch has stopped writing to the device; True when all of it landed."""
+        landed = self.loads.finish(index)
+        for lease in self._started.pop(index, []):
+            self._release(lease)
+        return landed
+
+    def finish_all(self) -> None:
+        """Take back what has not started, and wait for what has."""
+        for rid in list(self._queued):
+            self.cancel(rid)
+        self.loads.reset()
+        for index in list(self._started):
+            self.finish(index)
+
+    @property
+    def num_leases(self) -> int:
+        """Leases held by loads, by batch where they have started."""
+        return len(self._queued) + len(self._started)

@@ -1,0 +1,108 @@
+"""Device pages on their way to host memory: behind the scheduler's back, or before it goes on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from smg_sglang.errors import MemoryUnavailable
+from smg_sglang.memory.client import MemoryConnection, Reservation
+from smg_sglang.metrics import TierCounters
+from smg_sglang.tier.host_pages import CopyFailed, HostPages
+from smg_sglang.transfer.mover import BeforeCopy, Mover
+from smg_sglang.transfer.spills import Event, SpillQueue, SpillTarget
+from smg_sglang.tree.page_keys import KEY_BYTES
+
+#: Waits of the spill thread and of metrics, where no request is waiting.
+BACKGROUND_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a spill hands from its reservation to its publication."""
+
+    connection: MemoryConnection
+    reservation: Reservation
+
+
+class Spills:
+    """Scheduler thread only, but `drain`. None raises: what host memory cannot take is counted."""
+
+    def __init__(
+        self,
+        mover: Mover,
+        pages: HostPages,
+        background: Callable[[], MemoryConnection | None],
+        counters: TierCounters,
+        *,
+        max_waiting_pages: int,
+        before_copy: BeforeCopy | None = None,
+    ) -> None:
+        """
+        Args:
+            background: the connection of the spill thread.
+            max_waiting_pages: whose slots may be locked until they are copied.
+        """
+        self._pages = pages
+        self._background = background
+        self._counters = counters
+        self.queue: SpillQueue[bytes, _Written] = SpillQueue(
+            mover,
+            reserve=self._reserve,
+            publish=lambda written: written.connection.publish(written.reservation),
+            abandon=lambda written: written.connection.abandon(written.reservation),
+            max_waiting_pages=max_waiting_pages,
+            before_copy=before_copy,
+        )
+
+    def submit(
+        self, path: bytes, slots: torch.Tensor, own_slots: int, ready: Sequence[Event] = ()
+    ) -> None:
+        """Copy in the background what host memory lacks of `path`. Each call completes, in order
+        (`queue.pop_completed`).
+
+        Args:
+            path: page keys from the root.
+            slots: int64, device slots of all tokens of the path; they must stay as they are until
+                the completion is popped.
+            own_slots: how many of them are not on the path of an earlier spill.
+            ready: device events after which the slots hold the KV.
+        """
+        self.queue.submit(path, slots, ready, new_slots=own_slots)
+
+    def spill_now(self, path: bytes, slots: torch.Tensor) -> bool:
+        """Copy what host memory lacks of `path` before returning (write-back: the slots are next
+        to be reused). Waits for the copy, and for the server no longer than a lookup."""
+        pages = len(path) // KEY_BYTES
+        try:
+            known = self._pages.publish(path, slots)
+        except CopyFailed as error:
+            return self._drop("error", error.pages)
+        except MemoryUnavailable:
+            return self._drop("unavailable", pages)
+        return known == pages or self._drop("memory_full", pages - known)
+
+    def dropped_pages(self) -> Counter[str]:
+        """By reason. Any thread: `copy` is one call into C, so no other can add one half-way."""
+        return self._counters.dropped_pages.copy() + self.queue.counters.dropped.copy()
+
+    def _drop(self, reason: str, pages: int) -> bool:
+        self._counters.dropped_pages[reason] += pages
+        return False
+
+    def _reserve(self, path: bytes) -> SpillTarget[_Written]:
+        """Runs on the spill thread."""
+        connection = self._background()
+        if connection is None:
+            raise MemoryUnavailable("the memory server is away")
+        reservation = connection.reserve(path, BACKGROUND_TIMEOUT_S)
+        return SpillTarget(
+            handle=_Written(connection, reservation),
+            arena=reservation.arena.buffer,
+            offsets=np.asarray(reservation.offsets),
+            first=reservation.have,
+        )
