@@ -21,13 +21,10 @@ _GOODBYE_S = 0.2
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Lease:
-    """The right to read `pages` (int64[n], host pages of path[start:start + n]).
-
-    They keep their content until the lease is released, or for as long as this object lives if
-    the server is gone: `arena` keeps the mapping.
-    """
+@dataclass(frozen=True, eq=False)
+class _Pages:
+    """Host pages of a connection, int64[n]. They keep their content until they are given back, or
+    for as long as this object lives if the server is gone: `arena` keeps the mapping."""
 
     id: int
     start: int
@@ -42,31 +39,26 @@ class Lease:
         """Byte offsets of the pages in `arena.buffer`, int64[n]."""
         return self.geometry.offsets(self.pages)
 
+
+class Lease(_Pages):
+    """The right to read `pages`, which have path[start:start + n]; ends with `release`."""
+
     @property
     def held(self) -> bool:
         """Whether the server that granted it is still there. Without it the bytes stay, too."""
         return self._channel.alive
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Reservation:
-    """The right and duty to write `pages` (int64[n]) with path[have:have + n].
+class Reservation(_Pages):
+    """The right and duty to write `pages` with path[have:have + n].
 
     Ends with `publish` or `abandon`. No pages: all is in memory already, or memory is full.
     """
 
-    id: int
-    have: int
-    pages: np.ndarray
-    arena: Arena
-    geometry: PageGeometry
-    epoch: str
-    _channel: Channel = field(repr=False)
-
     @property
-    def offsets(self) -> np.ndarray:
-        """Byte offsets of the pages in `arena.buffer`, int64[n]."""
-        return self.geometry.offsets(self.pages)
+    def have(self) -> int:
+        """Pages of the path that memory has already."""
+        return self.start
 
 
 class MemoryConnection:
@@ -84,6 +76,7 @@ class MemoryConnection:
         self.arena = arena
         self.geometry = geometry
         self.epoch = epoch
+        self._memory = (arena, geometry, epoch, channel)
 
     @classmethod
     def open(
@@ -158,7 +151,7 @@ class MemoryConnection:
         pages = protocol.unpack_pages(_expect(reply, protocol.Leased).pages)
         if not len(pages):
             return None
-        return Lease(id_, start, pages, self.arena, self.geometry, self.epoch, self._channel)
+        return Lease(id_, start, pages, *self._memory)
 
     def release(self, lease: Lease) -> None:
         """End a lease. One-way; a lease of another connection is ignored (it ended with it)."""
@@ -180,9 +173,7 @@ class MemoryConnection:
             raise
         reserved = _expect(reply, protocol.Reserved)
         pages = protocol.unpack_pages(reserved.pages)
-        return Reservation(
-            id_, reserved.have, pages, self.arena, self.geometry, self.epoch, self._channel
-        )
+        return Reservation(id_, reserved.have, pages, *self._memory)
 
     def publish(self, reservation: Reservation) -> None:
         """The pages are written: readable by all from now on. One-way."""

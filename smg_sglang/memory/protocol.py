@@ -27,14 +27,18 @@ MAX_MESSAGE_BYTES = 64 << 20
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
-class Hello(msgspec.Struct, frozen=True, tag=True):
+class _Message(msgspec.Struct, frozen=True, tag=True):
+    """Goes by the name of its class."""
+
+
+class Hello(_Message, frozen=True):
     """First message on `life`."""
 
     version: int
     namespace: Namespace
 
 
-class Welcome(msgspec.Struct, frozen=True, tag=True):
+class Welcome(_Message, frozen=True):
     """Answer to `Hello`; the arena's file descriptor travels with it (SCM_RIGHTS)."""
 
     identity: bytes
@@ -43,95 +47,87 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
     geometry: PageGeometry
 
 
-class Ping(msgspec.Struct, frozen=True, tag=True):
+class _Numbered(_Message, frozen=True):
+    """A question, and its reply under the same id."""
+
+    id: Count
+
+
+class Ping(_Numbered, frozen=True):
     """Answered by `Ok`: the server is there and has read all that was sent before."""
 
-    id: Count
 
-
-class Lookup(msgspec.Struct, frozen=True, tag=True):
+class Lookup(_Numbered, frozen=True):
     """Lease the pages of `path` from page `start` on, as far as they are in memory."""
 
-    id: Count
     path: bytes
     start: Count
 
 
-class Release(msgspec.Struct, frozen=True, tag=True):
+class Reserve(_Numbered, frozen=True):
+    """Pages to write what is not yet in memory of `path`."""
+
+    path: bytes
+
+
+class Flush(_Numbered, frozen=True):
+    """Forget all pages of the namespace; leased ones live until they are released."""
+
+
+class GetStats(_Numbered, frozen=True):
+    """Ask for `StatsReply`."""
+
+
+class Release(_Message, frozen=True):
     """End the lease of Lookup `lease`; no reply; an unknown lease is not an error."""
 
     lease: Count
 
 
-class Touch(msgspec.Struct, frozen=True, tag=True):
+class Touch(_Message, frozen=True):
     """`path` was used elsewhere (a device hit): keep it young; no reply."""
 
     path: bytes
 
 
-class Reserve(msgspec.Struct, frozen=True, tag=True):
-    """Pages to write what is not yet in memory of `path`."""
-
-    id: Count
-    path: bytes
+class _OfReservation(_Message, frozen=True):
+    reservation: Count
 
 
-class Publish(msgspec.Struct, frozen=True, tag=True):
+class Publish(_OfReservation, frozen=True):
     """The pages of reservation `reservation` are written; no reply."""
 
-    reservation: Count
 
-
-class Abandon(msgspec.Struct, frozen=True, tag=True):
+class Abandon(_OfReservation, frozen=True):
     """Give back reservation `reservation` unwritten; no reply; unknown is not an error."""
 
-    reservation: Count
 
-
-class Flush(msgspec.Struct, frozen=True, tag=True):
-    """Forget all pages of the namespace; leased ones live until they are released."""
-
-    id: Count
-
-
-class GetStats(msgspec.Struct, frozen=True, tag=True):
-    """Ask for `StatsReply`."""
-
-    id: Count
-
-
-class Leased(msgspec.Struct, frozen=True, tag=True):
+class Leased(_Numbered, frozen=True):
     """`pages` (int64, little-endian) of path[start:start + n]; empty: a miss, nothing leased."""
 
-    id: int
     pages: bytes
 
 
-class Reserved(msgspec.Struct, frozen=True, tag=True):
+class Reserved(_Numbered, frozen=True):
     """`pages` (int64, little-endian) to write path[have:have + n]; empty: nothing reserved."""
 
-    id: int
     have: int
     pages: bytes
 
 
-class Ok(msgspec.Struct, frozen=True, tag=True):
+class Ok(_Numbered, frozen=True):
     """Done."""
 
-    id: int
 
-
-class StatsReply(msgspec.Struct, frozen=True, tag=True):
+class StatsReply(_Numbered, frozen=True):
     """The server's counters."""
 
-    id: int
     stats: Stats
 
 
-class Refused(msgspec.Struct, frozen=True, tag=True):
+class Refused(_Numbered, frozen=True):
     """The request cannot be served; `reason` is for people. id 0: the connection is refused."""
 
-    id: int
     reason: str
 
 

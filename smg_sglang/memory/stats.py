@@ -53,6 +53,10 @@ class NamespaceStats(msgspec.Struct, frozen=True):
         return (self.pages_ready + self.pages_writing) * self.namespace.page_bytes
 
 
+def _in_all(name: str) -> property:
+    return property(lambda stats: sum(getattr(space, name) for space in stats.namespaces))
+
+
 class Stats(msgspec.Struct, frozen=True):
     """The whole server. `total` includes namespaces that are gone."""
 
@@ -71,37 +75,14 @@ class Stats(msgspec.Struct, frozen=True):
     refused: int
     """Connections that were turned away."""
 
-    @property
-    def pages_ready(self) -> int:
-        """Readable pages of all namespaces."""
-        return sum(space.pages_ready for space in self.namespaces)
-
-    @property
-    def pages_writing(self) -> int:
-        """Reserved pages that are not published yet."""
-        return sum(space.pages_writing for space in self.namespaces)
-
-    @property
-    def leases(self) -> int:
-        """Leases that are out."""
-        return sum(space.leases for space in self.namespaces)
-
-    @property
-    def reservations(self) -> int:
-        """Reservations that are out."""
-        return sum(space.reservations for space in self.namespaces)
-
-    @property
-    def connections(self) -> int:
-        """Clients that are connected."""
-        return sum(space.connections for space in self.namespaces)
+    #: Of all namespaces.
+    pages_ready = _in_all("pages_ready")
+    pages_writing = _in_all("pages_writing")
+    leases = _in_all("leases")
+    reservations = _in_all("reservations")
+    connections = _in_all("connections")
 
     @property
     def bytes_ready(self) -> int:
         """Bytes of readable pages."""
         return sum(s.pages_ready * s.namespace.page_bytes for s in self.namespaces)
-
-    @property
-    def bytes_writing(self) -> int:
-        """Bytes of pages being written."""
-        return sum(s.pages_writing * s.namespace.page_bytes for s in self.namespaces)

@@ -14,7 +14,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from smg_sglang.config import DEFAULT_EVICTION, EvictionName, WritePolicy
+from smg_sglang.config import DEFAULT_EVICTION, EvictionName
 from smg_sglang.errors import ConfigError, SmgError
 from smg_sglang.simulate import bounds
 from smg_sglang.simulate import options as types
@@ -26,10 +26,9 @@ from smg_sglang.simulate.settings import Settings
 from smg_sglang.simulate.sweep import Sweep, run_sweep, write_csv
 from smg_sglang.trace import Request, TraceFormat, load_trace
 
-#: (10^12 FLOP/s, 10^9 bytes/s, ms a token). The first was measured with `make bench` on 2 cores of
-#: an AMD EPYC; the second is an estimate for an H100 with PCIe 5.
-_RATES = {"smollm2-135m": (0.14, 12.0, 60.0)}
-_ESTIMATE = (400.0, 50.0, 20.0)
+#: Measured with `make bench` on 2 cores of an AMD EPYC. For other models the defaults of `Settings`:
+#: an estimate for an H100 with PCIe 5.
+_RATES = {"smollm2-135m": {"tflops": 0.14, "link_gbps": 12.0, "itl_ms": 60.0}}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,7 +93,7 @@ def _sweep(
     title: str,
     console: Console,
 ) -> Sweep:
-    sizes = options.sweep if options.sweep is not None else [options.host_gb]
+    sizes = options.sweep if options.sweep is not None else [options.host_gb or 0.0]
     with _progress(len(requests)) as tell:
         settings = _settings(options, policies[0])
         result = run_sweep(requests, settings, policies, sizes or None, tell)
@@ -151,25 +150,14 @@ def _blocks(
 
 def _settings(options: argparse.Namespace, policy: EvictionName) -> Settings:
     model = model_cost(options.model)
-    tflops, link_gbps, itl_ms = _RATES.get(options.model, _ESTIMATE)
     if options.device_tokens is None:
         raise ConfigError("--device-tokens is needed: the server's --max-total-tokens.")
-    settings = Settings(
-        model=model,
-        device_tokens=options.device_tokens,
-        host_gb=options.host_gb,
-        page_size=options.page_size,
-        eviction=policy,
-        write_policy=WritePolicy(options.write_policy),
-        chunk_tokens=options.chunk_tokens,
-        max_running=options.max_running,
-        tflops=tflops if options.tflops is None else options.tflops,
-        link_gbps=link_gbps if options.link_gbps is None else options.link_gbps,
-        itl_ms=itl_ms if options.itl_ms is None else options.itl_ms,
-        closed=options.closed,
-        time_scale=options.time_scale,
+    rates = dict(
+        zip(("tflops", "link_gbps", "itl_ms"), _RATES.get(options.model, ()), strict=False)
     )
-    return _checked(settings)
+    given = {name: getattr(options, name) for name in Settings.flags()}
+    chosen = rates | {name: value for name, value in given.items() if value is not None}
+    return _checked(Settings(model, eviction=policy, closed=options.closed, **chosen))
 
 
 def _checked(settings: Settings) -> Settings:
@@ -225,7 +213,6 @@ def _parser() -> argparse.ArgumentParser:
     add("trace", help="Mooncake, Qwen-Bailian or token JSONL (.gz), agent sessions (.tgz, folder)")
     _add_trace(add)
     _add_server(add)
-    _add_machine(add)
     add(
         "--sweep",
         type=types.gibs,
@@ -265,25 +252,12 @@ def _add_trace(add: Callable[..., Any]) -> None:
         help="seconds between the beginnings of agent sessions (default: all at once)",
     )
     add("--closed", action="store_true", help="one request after another; no timestamps")
-    add(
-        "--time-scale",
-        type=types.above_0,
-        default=1.0,
-        metavar="X",
-        help="multiply arrival times; above 1 is a slower trace",
-    )
 
 
 def _add_server(add: Callable[..., Any]) -> None:
-    add("--device-tokens", type=types.count, metavar="N", help="the server's --max-total-tokens")
-    add("--host-gb", type=types.gib, default=0.0, metavar="GIB", help="--smg-host-gb (default: 0)")
-    add(
-        "--page-size",
-        type=types.page_size,
-        default=16,
-        metavar="TOKENS",
-        help="a power of two (default: %(default)s)",
-    )
+    """All but its policy, of which there may be several, has None where it is not given."""
+    for name, told in Settings.flags().items():
+        add(f"--{name.replace('_', '-')}", **told)
     add(
         "--policy",
         default=DEFAULT_EVICTION.value,
@@ -292,51 +266,8 @@ def _add_server(add: Callable[..., Any]) -> None:
         "(default: %(default)s)",
     )
     add(
-        "--write-policy",
-        choices=[policy.value for policy in WritePolicy],
-        default=WritePolicy.WRITE_THROUGH.value,
-        help="(default: %(default)s)",
-    )
-    add(
-        "--chunk-tokens",
-        type=types.count,
-        default=8192,
-        metavar="N",
-        help="--chunked-prefill-size (default: %(default)s)",
-    )
-    add(
-        "--max-running",
-        type=types.count,
-        default=256,
-        metavar="N",
-        help="--max-running-requests (default: %(default)s)",
-    )
-
-
-def _add_machine(add: Callable[..., Any]) -> None:
-    add(
         "--model",
         default="llama-3.1-8b",
         metavar="NAME",
         help=f"{', '.join(MODELS)}, or a config.json (default: %(default)s)",
-    )
-    add(
-        "--tflops",
-        type=types.above_0,
-        metavar="T",
-        help="prefill speed in 10^12 FLOP/s (default: 400, an H100; 0.14 for smollm2-135m, "
-        "measured on 2 CPU cores)",
-    )
-    add(
-        "--link-gbps",
-        type=types.above_0,
-        metavar="G",
-        help="device to host memory, 10^9 bytes/s each way (default: 50, or 12; "
-        "`python -m smg_sglang doctor` measures yours)",
-    )
-    add(
-        "--itl-ms",
-        type=types.from_0,
-        metavar="MS",
-        help="between two tokens of an answer (default: 20, or 60)",
     )

@@ -2,44 +2,64 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from smg_sglang.config import DEFAULT_EVICTION, EvictionName, SmgConfig, WritePolicy
 from smg_sglang.simulate.model import ModelCost
+from smg_sglang.simulate.options import above_0, count, from_0, gib, page_size
 from smg_sglang.trace.request import Request
 
 GIB = 1 << 30
 
 
+def _flag(
+    value: Any, metavar: str, read: Callable[[str], Any], text: str, default: str | None = None
+) -> Any:
+    """A field that `python -m smg_sglang simulate` has a flag for, of its name; see `flags`."""
+    told = f"{text} (default: {value if default is None else default})"
+    return field(default=value, metadata={"metavar": metavar, "type": read, "help": told})
+
+
 @dataclass(frozen=True)
 class Settings:
-    """A server and its machine.
+    """A server and its machine. Each choice is declared here, once.
 
     Attributes:
-        device_tokens: slots of the device's KV pool (`--max-total-tokens`).
-        host_gb: host memory for pages, in GiB; 0 for none.
-        chunk_tokens: new tokens a prefill step (`--chunked-prefill-size`).
-        max_running: requests at a time (`--max-running-requests`).
         tflops: what the device does in prefill, in 10^12 FLOP/s.
         link_gbps: between device and host memory, each way, in 10^9 bytes/s.
-        itl_ms: between two tokens of an answer.
         closed: one request after another, whatever their timestamps.
-        time_scale: arrival times are multiplied by it; above 1 is a slower trace.
     """
 
     model: ModelCost
-    device_tokens: int
-    host_gb: float = 0.0
-    page_size: int = SmgConfig.page_size
+    device_tokens: int = _flag(0, "N", count, "the server's --max-total-tokens", "must be given")
+    host_gb: float = _flag(0.0, "GIB", gib, "--smg-host-gb")
+    page_size: int = _flag(SmgConfig.page_size, "TOKENS", page_size, "a power of two")
     eviction: EvictionName = DEFAULT_EVICTION
-    write_policy: WritePolicy = SmgConfig.write_policy
-    chunk_tokens: int = 8192
-    max_running: int = 256
-    tflops: float = 400.0
-    link_gbps: float = 50.0
-    itl_ms: float = 20.0
+    write_policy: WritePolicy = _flag(
+        SmgConfig.write_policy, "NAME", WritePolicy, ", ".join(WritePolicy)
+    )
+    chunk_tokens: int = _flag(8192, "N", count, "--chunked-prefill-size")
+    max_running: int = _flag(256, "N", count, "--max-running-requests")
+    tflops: float = _flag(
+        *(400.0, "T", above_0, "prefill speed in 10^12 FLOP/s"),
+        "400, an H100; 0.14 for smollm2-135m, measured on 2 CPU cores",
+    )
+    link_gbps: float = _flag(
+        *(50.0, "G", above_0, "device to host memory, 10^9 bytes/s each way"),
+        "50, or 12; `python -m smg_sglang doctor` measures yours",
+    )
+    itl_ms: float = _flag(20.0, "MS", from_0, "between two tokens of an answer", "20, or 60")
     closed: bool = False
-    time_scale: float = 1.0
+    time_scale: float = _flag(
+        1.0, "X", above_0, "multiply arrival times; above 1 is a slower trace"
+    )
+
+    @classmethod
+    def flags(cls) -> dict[str, dict[str, Any]]:
+        """By field what argparse wants to know of its flag."""
+        return {field.name: dict(field.metadata) for field in fields(cls) if field.metadata}
 
     @property
     def device_pages(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -112,48 +113,24 @@ def run_sweep(
 def write_csv(sweep: Sweep, path: Path) -> None:
     """A row for each run."""
     with path.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(_COLUMNS)
-        for run in sweep.runs:
-            rows.writerow(
-                [
-                    run.policy,
-                    run.host_gb,
-                    run.device_tokens,
-                    run.requests,
-                    run.input_tokens,
-                    run.refused_requests,
-                    run.refused_tokens,
-                    run.hit_share["device"],
-                    run.hit_share["host"],
-                    run.hit_share["total"],
-                    run.saved_flops_share["total"],
-                    run.saved_prefill_s["total"],
-                    run.loaded_tokens,
-                    run.spilled_tokens,
-                    run.ttft_s["mean"],
-                    sweep.bounds.infinite,
-                    sweep.bounds.belady[run.host_gb],
-                ]
-            )
+        rows = [_row(run, sweep.bounds) for run in sweep.runs]
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+
+
+def _row(run: Outcome, bounds: Bounds) -> dict[str, Any]:
+    row = {name: getattr(run, name) for name in _COLUMNS}
+    row |= {f"{tier}_share": run.hit_share[tier] for tier in ("device", "host", "total")}
+    row |= {
+        f"saved_{of}": getattr(run, f"saved_{of}")["total"] for of in ("flops_share", "prefill_s")
+    }
+    row |= {"loaded_tokens": run.loaded_tokens, "spilled_tokens": run.spilled_tokens}
+    row |= {"ttft_mean_s": run.ttft_s["mean"], "infinite_share": bounds.infinite}
+    return row | {"belady_share": bounds.belady[run.host_gb]}
 
 
 _COLUMNS = (
-    "policy",
-    "host_gb",
-    "device_tokens",
-    "requests",
-    "input_tokens",
-    "refused_requests",
-    "refused_tokens",
-    "device_share",
-    "host_share",
-    "total_share",
-    "saved_flops_share",
-    "saved_prefill_s",
-    "loaded_tokens",
-    "spilled_tokens",
-    "ttft_mean_s",
-    "infinite_share",
-    "belady_share",
+    *("policy", "host_gb", "device_tokens", "requests", "input_tokens"),
+    *("refused_requests", "refused_tokens"),
 )

@@ -21,8 +21,8 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from smg_sglang.attention import decode
 from smg_sglang.attention.batch import KV, BatchPlan, Rule, attend_new, attend_pool, plan_batch
-from smg_sglang.engine.attention.layers import asked_in_vain
-from smg_sglang.engine.streams.table import of_batch
+from smg_sglang.engine.attention.layers import ExtendAndDecode, asked_in_vain
+from smg_sglang.engine.streams.table import host_parts, of_batch
 from smg_sglang.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
-class CpuAttentionBackend(TorchNativeAttnBackend):
+class CpuAttentionBackend(ExtendAndDecode, TorchNativeAttnBackend):
     """Extend, decode and mixed batches; MHA, GQA and MLA. All calls come from one thread."""
 
     def __init__(self, model_runner: Any) -> None:
@@ -55,25 +55,13 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         rows = forward_batch.req_pool_indices.tolist()
         table = self.req_to_token_pool.req_to_token
         streams = of_batch(forward_batch)
-        begins = [stream.resident_from if stream is not None else 0 for stream in streams]
-        if not any(begins):
+        if not any(stream is not None and stream.resident_from for stream in streams):
             slots = [table[row, :length] for row, length in zip(rows, lengths, strict=True)]
             return plan_batch(slots, new)
-        slots = [
-            table[row, begin:length]
-            for row, begin, length in zip(rows, begins, lengths, strict=True)
-        ]
-        hosts = [stream.runs if stream is not None else [] for stream in streams]
-        reader = next(stream for stream in streams if stream is not None).table.reader
+        begins, hosts, reader = host_parts(streams)
+        where = zip(rows, begins, lengths, strict=True)
+        slots = [table[row, begin:length] for row, begin, length in where]
         return plan_batch(slots, new, hosts, reader)
-
-    def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Attend the new tokens; as `_forward`."""
-        return self._forward(super().forward_extend, *args, **kwargs)
-
-    def forward_decode(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Attend one new token a request; as `_forward`."""
-        return self._forward(super().forward_decode, *args, **kwargs)
 
     def _forward(  # noqa: PLR0917  # SGLang's signature
         self,

@@ -31,10 +31,10 @@ from smg_sglang.attention.batch import KV, Rule
 from smg_sglang.attention.device import DeviceAttention, DevicePlan, slots_of
 from smg_sglang.attention.kernels import Kind, check_dtypes, kind_of, make_kernels
 from smg_sglang.attention.paged import Heads, one_slot_pages
-from smg_sglang.engine.attention.layers import asked_in_vain
+from smg_sglang.engine.attention.layers import ExtendAndDecode, asked_in_vain
 from smg_sglang.engine.options.names import NAME
 from smg_sglang.engine.streams.stream import Stream
-from smg_sglang.engine.streams.table import of_batch
+from smg_sglang.engine.streams.table import host_parts, of_batch
 from smg_sglang.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
-class Streaming:
+class Streaming(ExtendAndDecode):
     """Streams, beside the SGLang backend that comes next in the order of classes.
 
     All calls come from the scheduler thread, with the forward stream current.
@@ -104,20 +104,10 @@ class Streaming:
             new = [1] * len(ends)
         else:
             new = list(forward_batch.extend_seq_lens_cpu)
-        begins = [stream.resident_from if stream is not None else 0 for stream in streams]
+        begins, hosts, reader = host_parts(streams)
         slots = slots_of(table, forward_batch.req_pool_indices, begins, ends)
         keys = one_slot_pages(slots, [end - begin for begin, end in zip(begins, ends, strict=True)])
-        hosts = [stream.runs if stream is not None else [] for stream in streams]
-        reader = next(stream for stream in streams if stream is not None).table.reader
         return self._ours.plan(keys, new, hosts, reader)
-
-    def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Attend the new tokens; as `_forward`."""
-        return self._forward(super().forward_extend, *args, **kwargs)  # type: ignore[misc]
-
-    def forward_decode(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Attend one new token a request; as `_forward`."""
-        return self._forward(super().forward_decode, *args, **kwargs)  # type: ignore[misc]
 
     def _forward(  # noqa: PLR0917  # SGLang's signature
         self,

@@ -49,7 +49,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from smg_sglang.attention.host import HostReader
+from smg_sglang.attention.host import HostReader, HostRun
 from smg_sglang.engine.paths import page_path, whole_pages
 from smg_sglang.engine.streams.limits import SEGMENT_TOKENS, Limits, new_tokens
 from smg_sglang.engine.streams.stream import Stream
@@ -83,6 +83,16 @@ def of_batch(forward_batch: ForwardBatch) -> list[Stream | None]:
     if streams is None or not forward_batch.rids:
         return []
     return [streams.by_rid(rid) for rid in forward_batch.rids]
+
+
+def host_parts(
+    streams: list[Stream | None],
+) -> tuple[list[int], list[list[HostRun]], HostReader]:
+    """For each request the tokens that are not on the device, where they lie in host memory, and
+    what reads them there; one request at least is a stream."""
+    begins = [stream.resident_from if stream is not None else 0 for stream in streams]
+    runs = [stream.runs if stream is not None else [] for stream in streams]
+    return begins, runs, next(stream.table.reader for stream in streams if stream is not None)
 
 
 def activate(streams: Streams) -> None:
