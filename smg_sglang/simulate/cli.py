@@ -26,8 +26,8 @@ from smg_sglang.simulate.settings import Settings
 from smg_sglang.simulate.sweep import Sweep, run_sweep, write_csv
 from smg_sglang.trace import Request, TraceFormat, load_trace
 
-#: Measured with `make bench` on 2 cores of an AMD EPYC. For other models the defaults of `Settings`:
-#: an estimate for an H100 with PCIe 5.
+#: Measured with `make bench` on 2 cores of an AMD EPYC. For others the defaults of `Settings`: an
+#: estimate for an H100 with PCIe 5.
 _RATES = {"smollm2-135m": {"tflops": 0.14, "link_gbps": 12.0, "itl_ms": 60.0}}
 
 
@@ -152,11 +152,9 @@ def _settings(options: argparse.Namespace, policy: EvictionName) -> Settings:
     model = model_cost(options.model)
     if options.device_tokens is None:
         raise ConfigError("--device-tokens is needed: the server's --max-total-tokens.")
-    rates = dict(
-        zip(("tflops", "link_gbps", "itl_ms"), _RATES.get(options.model, ()), strict=False)
-    )
     given = {name: getattr(options, name) for name in Settings.flags()}
-    chosen = rates | {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
+    chosen = _RATES.get(options.model, {}) | given
     return _checked(Settings(model, eviction=policy, closed=options.closed, **chosen))
 
 

@@ -38,7 +38,7 @@ class Settings:
     page_size: int = _flag(SmgConfig.page_size, "TOKENS", page_size, "a power of two")
     eviction: EvictionName = DEFAULT_EVICTION
     write_policy: WritePolicy = _flag(
-        SmgConfig.write_policy, "NAME", WritePolicy, ", ".join(WritePolicy)
+        WritePolicy.WRITE_THROUGH, "NAME", WritePolicy, ", ".join(WritePolicy)
     )
     chunk_tokens: int = _flag(8192, "N", count, "--chunked-prefill-size")
     max_running: int = _flag(256, "N", count, "--max-running-requests")
