@@ -31,13 +31,13 @@ class MemoryLink:
         first_backoff_s: float = 0.1,
         last_backoff_s: float = 5.0,
         mappings: ArenaMappings | None = None,
-        tell: Callable[[str], None] = log.warning,
+        tell: Callable[[int, str], None] = log.log,
     ) -> None:
         """Returns at once; the first connection comes when it comes (see `wait`).
 
         Args:
             mappings: links that share them share one mapping of the arena.
-            tell: takes the sentence for people when a server is not there, once each time.
+            tell: takes what people should know, once each time, with its level.
         """
         self.address = address
         self.namespace = namespace
@@ -107,9 +107,8 @@ class MemoryLink:
         except Exception as error:  # whatever it is may pass; without this thread nothing would
             reason = repr(error)
         if self.last_error is None:  # once, not at every attempt
-            self._tell(
-                f"no memory server for now: {reason}; going on without host memory until it appears"
-            )
+            told = f"smg: no memory server for now: {reason}; going on without until it appears"
+            self._tell(logging.WARNING, told)
         self.last_error = reason
         return None
 
@@ -119,14 +118,15 @@ class MemoryLink:
             self.last_error = None
             self.connects += 1
             self._changed.notify_all()
-        log.info("connected to the memory server at %s (%s)", self.address, connection.epoch)
+        told = f"smg: connected to the memory server at {self.address} ({connection.epoch})"
+        self._tell(logging.INFO, told)
 
     def _drop(self, connection: MemoryConnection) -> None:
         self._connection = None
         if not self._closing:
             connection.mark_dead()
             self.last_error = f"the memory server at {self.address} went away"
-            self._tell(f"{self.last_error}; going on without it")
+            self._tell(logging.WARNING, f"smg: {self.last_error}; going on without it")
         connection.close()
 
     def _sleep(self, seconds: float | None, fd: int | None = None) -> None:

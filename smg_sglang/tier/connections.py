@@ -13,12 +13,16 @@ from smg_sglang.memory.link import MemoryLink
 from smg_sglang.memory.namespace import Namespace
 
 
+def _keep_silent(level: int, text: str) -> None:
+    """The other link of the pair says it."""
+
+
 class _Pair:
     """The scheduler's link never waits behind the spill thread's, and tells for both."""
 
     def __init__(self, address: str, namespace: Namespace, mappings: ArenaMappings) -> None:
         self.scheduler = MemoryLink(address, namespace, mappings=mappings)
-        self.background = MemoryLink(address, namespace, mappings=mappings, tell=lambda _: None)
+        self.background = MemoryLink(address, namespace, mappings=mappings, tell=_keep_silent)
 
     def close(self) -> None:
         self.scheduler.close()

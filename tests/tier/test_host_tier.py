@@ -365,3 +365,13 @@ def test_delayed_copies_give_the_same_bytes_whatever_happens_between(make_world)
             world.tier.flush()
     world.completed()
     assert leases(world) == 0
+
+
+def test_a_memory_server_that_is_not_there_is_told_once(tmp_path, caplog):
+    pool = DevicePool.mha(*[[torch.zeros(32, 2, 8)] * LAYERS for _ in "kv"], PAGE, torch.float32)
+    tier = HostTier(SmgConfig(), str(tmp_path / "later"), namespace_of(pool.layout), pool)
+    until(lambda: all(link.last_error for link in vars(tier.connections._pair).values()))
+    tier.close()
+    (told,) = [r for r in caplog.records if "no memory server for now" in r.getMessage()]
+    assert told.levelname == "WARNING"
+    assert "later" in told.getMessage() and "until it appears" in told.getMessage()

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from smg_sglang.config import SmgConfig
+from smg_sglang.config import OPTIONS, SmgConfig, flags
 from smg_sglang.engine.options import command_line, configuration, refusals
 from smg_sglang.engine.options.record import is_enabled
 from smg_sglang.errors import ConfigError
@@ -227,3 +227,25 @@ def test_chunks_that_flashinfer_has_no_plan_for_are_refused_at_start(latent_mode
         refusals.refuse_model(record)
     record.tp_size = 2
     refusals.refuse_model(record)
+
+
+@pytest.mark.parametrize(("given", "chosen"), [(None, configuration.CPU_STREAM_CHUNK), (512, 512)])
+def test_streams_on_a_cpu_choose_a_chunk_where_the_user_gave_none(given, chosen):
+    record = make_args(chunked_prefill_size=given)
+    configuration.configure(record, STREAMS, origin="cli")
+    assert record.chunked_prefill_size == chosen
+
+
+def test_each_flag_can_be_given_on_every_way_that_is_derived_from_it(monkeypatch):
+    values = {"write_policy": "selective", "eviction_policy": "lfu", "host_gb": "0.5"}
+    monkeypatch.setenv("SMG_ENABLE", "1")
+    for field, option in OPTIONS.items():
+        text = values.get(field, "1")
+        parsed = parse(option.flag, *([] if option.type is bool else [text]))
+        monkeypatch.setenv(option.variable, text)
+        ways = [
+            flags.from_namespace(parsed)[field],
+            flags.from_keywords({f"smg_{option.name}": option.read(text)})[field],
+            flags.from_environment()[field],
+        ]
+        assert ways == [option.read(text)] * 3
