@@ -1,7 +1,7 @@
 """The `smg:` series of `/metrics`, and the plain counters they are made from.
 
 The counters are plain integers and floats: each has one writing thread, so the scheduler's path
-takes no lock. `TierMetrics` turns them into Prometheus series from a background thread.
+takes no lock. `Series` turns them into Prometheus series, `TierMetrics` in a thread of its own.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,8 +43,10 @@ class TierCounters:
         }
 
 
-#: name -> (kind, help, label or None); a series appears with its first value.
-_SERIES: dict[str, tuple[str, str, str | None]] = {
+Table = Mapping[str, tuple[str, str, str | None]]
+"""name -> (kind, help, label or None)"""
+
+_SERIES: Table = {
     "smg:hit_tokens": ("counter", "Prompt tokens found in a cache tier.", "tier"),
     "smg:prompt_tokens": ("counter", "Prompt tokens of admitted requests.", None),
     "smg:prefetched_tokens": ("counter", "Tokens loaded for requests that wait.", None),
@@ -62,53 +64,30 @@ _SERIES: dict[str, tuple[str, str, str | None]] = {
 }
 
 Reading = Mapping[str, float | Mapping[str, float]]
+"""The current value of each series: a number, or numbers by label value. Counters are totals."""
 
 
-class TierMetrics:
-    """Publishes readings as Prometheus series from a thread of its own.
+class Series:
+    """Prometheus series that are brought up to readings; each appears with its first value.
 
-    Create it in the worker process after SGLang has set PROMETHEUS_MULTIPROC_DIR.
-    `read` is called in the publishing thread and returns the current value of each series of
-    `_SERIES`: a number, or numbers by label value. Counters are absolute readings.
+    One thread. Create it after SGLang has set PROMETHEUS_MULTIPROC_DIR.
     """
 
-    def __init__(self, labels: Mapping[str, str], read: Callable[[], Reading]) -> None:
-        from prometheus_client import Histogram
-
+    def __init__(self, labels: Mapping[str, str], table: Table) -> None:
         self._labels = dict(labels)
-        self._read = read
+        self._table = table
         self._series: dict[str, Any] = {}
         self._published: dict[tuple[str, str], float] = {}
-        histogram = Histogram(
-            "smg:lookup_seconds",
-            "Seconds the scheduler waited for a lookup in host memory.",
-            labelnames=list(self._labels),
-            buckets=LOOKUP_BUCKETS,
-        )
-        self.observe_lookup: Callable[[float], None] = histogram.labels(**self._labels).observe
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="smg-metrics", daemon=True)
-        self._thread.start()
 
-    def close(self) -> None:
-        """Stop publishing; idempotent."""
-        self._stop.set()
-        self._thread.join(timeout=5)
+    def histogram(self, name: str, text: str, buckets: Sequence[float], *more: str) -> Any:
+        """A histogram with our labels, and `more` that are to be given."""
+        from prometheus_client import Histogram
 
-    def _run(self) -> None:
-        failed = False
-        while not self._stop.wait(PUBLISH_EVERY_S):
-            try:
-                self.publish()
-                failed = False
-            except Exception:
-                if not failed:  # once, not every two seconds
-                    logger.exception("smg: metrics could not be published")
-                failed = True
+        return Histogram(name, text, [*self._labels, *more], buckets=buckets)
 
-    def publish(self) -> None:
+    def publish(self, reading: Reading) -> None:
         """Bring every series up to the current reading."""
-        for name, value in self._read().items():
+        for name, value in reading.items():
             if isinstance(value, Mapping):
                 for label, number in value.items():
                     self._set(name, label, number)
@@ -116,7 +95,7 @@ class TierMetrics:
                 self._set(name, "", value)
 
     def _set(self, name: str, label: str, value: float) -> None:
-        kind, _, label_name = _SERIES[name]
+        kind, _, label_name = self._table[name]
         labels = self._labels | ({label_name: label} if label_name else {})
         series = self._get(name).labels(**labels)
         if kind == "gauge":
@@ -132,10 +111,43 @@ class TierMetrics:
         from prometheus_client import Gauge
 
         if name not in self._series:
-            kind, text, label = _SERIES[name]
+            kind, text, label = self._table[name]
             names = [*self._labels, label] if label else list(self._labels)
             if kind == "gauge":
                 self._series[name] = Gauge(name, text, names, multiprocess_mode="mostrecent")
             else:
                 self._series[name] = PrometheusCounter(name, text, names)
         return self._series[name]
+
+
+class TierMetrics:
+    """Publishes what `read` returns, called in the publishing thread, every two seconds."""
+
+    def __init__(self, labels: Mapping[str, str], read: Callable[[], Reading]) -> None:
+        self._read = read
+        self._series = Series(labels, _SERIES)
+        histogram = self._series.histogram(
+            "smg:lookup_seconds",
+            "Seconds the scheduler waited for a lookup in host memory.",
+            LOOKUP_BUCKETS,
+        )
+        self.observe_lookup: Callable[[float], None] = histogram.labels(**labels).observe
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="smg-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop publishing; idempotent."""
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        failed = False
+        while not self._stop.wait(PUBLISH_EVERY_S):
+            try:
+                self._series.publish(self._read())
+                failed = False
+            except Exception:
+                if not failed:  # once, not every two seconds
+                    logger.exception("smg: metrics could not be published")
+                failed = True
