@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from smg_sglang.errors import ConfigError
 
-_SUN_PATH_MAX = 107  # bytes of a unix socket's path, sockaddr_un
+SUN_PATH_MAX = 107  # bytes of a unix socket's path, sockaddr_un
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Address:
         if not path or "://" in path:
             raise ConfigError(f"memory address {text!r}: give a directory, as ipc://DIR or DIR")
         address = cls(os.path.abspath(os.path.expanduser(path)))
-        if len(os.fsencode(f"{address.directory}/control")) > _SUN_PATH_MAX:
+        if len(os.fsencode(f"{address.directory}/control")) > SUN_PATH_MAX:
             raise ConfigError(f"memory address {text!r} is too long for a unix socket (100 bytes)")
         return address
 

@@ -12,7 +12,7 @@ import time
 from smg_sglang.box import GIB, check_host_bytes
 from smg_sglang.config import DEFAULT_EVICTION, EvictionName
 from smg_sglang.errors import ConfigError
-from smg_sglang.memory.private_dirs import make_private_dir, sweep_private_dirs
+from smg_sglang.memory.private_dirs import MEMORY_DIRS
 from smg_sglang.memory.server import READY
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,8 @@ class MemoryProcess:
         pretouch: bool = True,
     ) -> None:
         """Use `start`."""
-        self.address, self._mark = make_private_dir()
+        directory, self._mark = MEMORY_DIRS.make()
+        self.address = str(directory)
         self.restarts = 0
         self._host_bytes = host_bytes
         self._eviction = eviction
@@ -59,7 +60,7 @@ class MemoryProcess:
     ) -> "MemoryProcess":
         """Start and wait until it accepts connections. Raises ConfigError in one sentence."""
         check_host_bytes(host_bytes)
-        sweep_private_dirs()
+        MEMORY_DIRS.sweep()
         process = cls(host_bytes, eviction=eviction, pretouch=pretouch)
         try:
             process._spawn()

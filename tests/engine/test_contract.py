@@ -361,7 +361,7 @@ def test_our_classes_override_what_sglang_has():
         assert not taken, "SGLang has a method of that name now"
 
 
-@needed_by("engine/streams/table.py (Order), held by tests/engine/streams/test_order.py")
+@needed_by("engine/streams/table.py (docs/ordering.md), held by tests/engine/streams/test_order.py")
 def test_under_overlap_the_scheduler_and_the_forward_wait_for_each_other():
     from sglang.srt.managers.scheduler import Scheduler
 

@@ -14,31 +14,7 @@ With several ranks each has its shard of a stream, in host memory of its own. Al
 same step, so what one alone can know (how much host memory has, and whether it took a page) is
 agreed on first (`SmgRadixCache.least_of_ranks`).
 
-**Order.** Everything here happens on the scheduler thread, and so does the enqueuing of forwards;
-only the ring's copies, and the background spills, have threads of their own.
-
-On a CPU a forward has ended when it returns. So what it wrote is there, a copy has ended when
-`keep` returns, and a staging buffer is refilled after the attention that read it has returned.
-
-On CUDA (where this has not run yet) SGLang schedules pass N + 1 while pass N still runs. `F` is
-the forward stream, `S` the scheduler's own, which waits for `F` after each launch (SGLang's barrier
-against writes that overtake reads), as `F` waits for `S` before it:
-
-- *A pass writes slots, then `keep` reads them.* The copy waits for events recorded on `S` and `F`
-  when it is asked for, behind everything launched. `keep` itself returns when the bytes are in host
-  memory: the CPU waits for pass N there. That costs the overlap of this one step; a copy in the
-  background would need pages that are read before they are published.
-- *`keep` reads slots, then anybody writes them.* They are freed afterwards.
-- *Pass N reads slots of ours, or our row of the table, and we free or overwrite them.* The next
-  pass writes the slots on `F`, loads come after `F` (`Mover.fence`), and the row is overwritten on
-  `S`, behind the barrier. Besides, a pass reads the row at its start, when it copies the slots.
-- *A copy writes a host page, then a pass reads it.* `keep` has returned.
-- *A pass reads a staging buffer, then the ring refills it*, and the other way round: events
-  (`transfer.segments`).
-- *A pass reads a host page, then somebody writes it.* While `Stream.held` holds it nobody does. A
-  request that has ended lets go while a pass that was launched with it may still run; SGLang drops
-  that pass's output for it, and the mapping stays: page-locked memory is given back behind all work
-  of the device (`PinnedArena.close`).
+`docs/ordering.md` has the argument why nobody reads what is not there yet, or writes what is read.
 """
 
 from __future__ import annotations

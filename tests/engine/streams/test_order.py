@@ -1,4 +1,4 @@
-"""The ordering argument of engine/streams/table.py for CUDA, held against what the code does.
+"""The ordering argument of docs/ordering.md for streams on CUDA, held against what the code does.
 
 Scheduler, forwards and copies run as they would under SGLang's overlap, on streams that know what
 comes after what (tests/fake_cuda): pass N + 1 is scheduled while pass N runs. Slots, rows of the
