@@ -24,3 +24,10 @@ def test_every_link_and_every_make_target_is_there(page):
     named = re.findall(r"`make ([a-z][a-z-]*)", text)
     missing = [to for to in missing if to not in OWED]
     assert missing + [name for name in named if name not in targets] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_of_the_project_that_is_named_is_there(page):
+    roots = [ROOT, ROOT / "smg_sglang", ROOT / "smg_sglang" / "engine"]
+    named = re.findall(r"`(?!sglang/)([a-z_]+(?:/[a-z_]+)+\.py)", page.read_text())
+    assert [name for name in named if not any((root / name).exists() for root in roots)] == []
