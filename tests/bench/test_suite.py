@@ -88,6 +88,23 @@ def test_the_documents_and_the_picture_show_what_is_recorded():
     assert measured.main(["--check"]) == 0, "run `make readme`"
 
 
+@pytest.mark.parametrize("name", ["README", "RECORD", "PICTURE"])
+def test_what_is_out_of_date_is_found_and_written_again(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(measured, "ROOT", tmp_path)
+    for each in ("README", "RECORD", "PICTURE"):
+        before = getattr(measured, each)
+        monkeypatch.setattr(measured, each, tmp_path / before.name)
+        (tmp_path / before.name).write_bytes(before.read_bytes())
+    assert measured.main([]) == measured.main(["--check"]) == 0
+    stale = getattr(measured, name)
+    if name == "PICTURE":
+        draw([Effect("Chats", "8 turns", 4.0, 1.0)], "a machine", stale)
+    else:
+        stale.write_text(measured.replaced(stale.read_text(), "of yesterday"))
+    assert measured.main(["--check"]) == 1
+    assert measured.main([]) == measured.main(["--check"]) == 0
+
+
 def test_records_of_which_nothing_is_drawn_are_said_to_be_none():
     assert effects([[Figure("prompts that share nothing", "TTFT mean", "s", 1.0, 2.0)]]) == []
     assert measured.summary([], [record()]) == measured.render([])
