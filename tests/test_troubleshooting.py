@@ -17,7 +17,7 @@ SAID = [
 ]
 #: Tools that a person runs and watches; the rest of the package speaks to a log.
 WATCHED = {"simulate", "doctor", "trace"}
-#: Ways to say something to whoever runs the server, first argument a sentence.
+#: Ways to say something to whoever runs the server.
 WAYS = {"warning", "error", "exception", "critical", "warn", "_tell", "ConfigError", "_refuse_any"}
 WAYS |= {"WorkersBroken"}
 ANY = "\0"
@@ -50,13 +50,13 @@ def name(call):
 
 
 def spoken():
-    """(file, sentence) of all that is said in one of the WAYS."""
+    """(file, sentence) of all that is said in one of the WAYS, perhaps behind a level."""
     for file, tree in trees():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and node.args and name(node) in WAYS:
-                text = template(node.args[0])
-                if text is not None and len(re.findall("[a-z]+", text)) > 1:
-                    yield file, text
+                said = [text for text in map(template, node.args) if text is not None]
+                if said and len(re.findall("[a-z]+", said[0])) > 1:
+                    yield file, said[0]
 
 
 @cache
