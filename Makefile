@@ -33,9 +33,9 @@ bench: $(VENV)/.ready ## stock SGLang and ours on the same workloads: table, JSO
 bench-all: $(VENV)/.ready ## every benchmark, recorded in bench/results; ARGS=--quick for under 20 minutes
 	@$(RUN) -m bench.suite $(ARGS)
 
-readme: $(VENV)/.ready ## writes the README's tables: of flags, and of what bench/results has
+readme: $(VENV)/.ready ## writes the README's flags and picture, and docs/measured.md from bench/results
 	@$(RUN) -m tools.flag_table
-	@$(RUN) -m bench.suite.readme $(ARGS)
+	@$(RUN) -m bench.suite.measured $(ARGS)
 
 bench-programs: $(VENV)/.ready ## SGLang frontend programs on stock and ours, outputs compared; ARGS="flags"
 	@$(RUN) -m bench.programs $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)

@@ -38,7 +38,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model-path", help="a model folder or hub name (default: the demo model)")
     add("--only", type=_phases, default=(), help=f"some of {','.join(PHASES)} (default: all)")
-    add("--quick", action="store_true", help="fewer repeats: figures are rough")
+    add("--quick", action="store_true", help="fewer repeats and turns: figures are rough")
     add("--repeats", type=int, help="repeats of what takes turns (default: 16; quick: 4)")
     add("--pool-tokens", type=int, default=4096, help="tokens of the device pool (4096)")
     add("--host-gb", type=float, default=2.0, help="GiB of host memory for pages (2)")

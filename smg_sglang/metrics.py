@@ -25,7 +25,7 @@ class TierCounters:
     """What one worker has seen of the host tier since it started.
 
     Scheduler thread: hit_tokens, lookups, prefetched_tokens. Loader thread: loaded_*. Spill thread:
-    spilled_*. `dropped_pages` is by reason: full, unavailable, staging, error.
+    spilled_*. `dropped_pages` is by reason: memory_full, queue_full, unavailable, error, closed.
     """
 
     hit_tokens: Counter[str] = field(default_factory=Counter)

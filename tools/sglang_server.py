@@ -46,12 +46,13 @@ class SglangServer:
         args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         log: Path | None = None,
+        python: str | os.PathLike[str] = sys.executable,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log or Path(tempfile.mkstemp(prefix="sglang-", suffix=".log")[1])
         command = [
-            *(sys.executable, "-m", "sglang.launch_server"),
+            *(str(python), "-m", "sglang.launch_server"),
             *("--model-path", str(model), "--host", "127.0.0.1", "--port", str(self.port)),
             *args,
         ]
@@ -154,9 +155,10 @@ def running_server(
     args: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
     log: Path | None = None,
+    python: str | os.PathLike[str] = sys.executable,
 ) -> Iterator[SglangServer]:
     """A ready server, stopped at the end of the block."""
-    server = SglangServer(model, args, env, log)
+    server = SglangServer(model, args, env, log, python)
     try:
         yield server.wait_ready()
     finally:

@@ -45,17 +45,17 @@ class OneAfterTheOther(Phase):
     """A workload on each server, from empty caches."""
 
     def __init__(self, workload: Workload) -> None:
-        self.name, self.title, self._workload = workload.name, workload.title, workload
+        self.name, self.title, self.workload = workload.name, workload.title, workload
 
     def steps(self, servers: Servers) -> int:
-        return len(servers) * len(self._workload.turns)
+        return len(servers) * len(self.workload.turns)
 
     def run(self, servers: Servers, advance: Advance) -> Result:
-        infinite = self._workload.infinite_hits(PAGE_SIZE)
+        infinite = self.workload.infinite_hits(PAGE_SIZE)
         subjects = {}
         for subject, server in servers.items():
             server.flush()
-            answers, seconds = asyncio.run(run_workload(server.url, self._workload, advance))
+            answers, seconds = asyncio.run(run_workload(server.url, self.workload, advance))
             subjects[subject] = {
                 **summarise(answers, seconds, infinite),
                 "load_average": os.getloadavg()[0],

@@ -1,1 +1,1 @@
-"""`make bench-all`: every benchmark, one record a run, and the README's table from the records."""
+"""`make bench-all`: every benchmark, one record a run, and the documents made from the records."""

@@ -132,7 +132,9 @@ def main(arguments: list[str]) -> int:
     finally:
         keep(console, options, record)
     minutes = record["seconds"] / 60
-    console.print(f"{minutes:.1f} minutes; `make readme` writes the table into README.md")
+    console.print(
+        f"{minutes:.1f} minutes; `make readme` writes docs/measured.md and the README's picture"
+    )
     return int(any(part["status"] not in ("ok", "not run") for part in record["parts"]))
 
 

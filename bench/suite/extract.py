@@ -1,4 +1,4 @@
-"""The figures that the README shows, from each benchmark's own JSON."""
+"""The figures that docs/measured.md shows, from each benchmark's own JSON."""
 
 from __future__ import annotations
 

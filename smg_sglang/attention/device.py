@@ -5,8 +5,6 @@ slots, of which the last few are queried, and what comes before them may lie in 
 once a forward pass, run once a layer. What is on the device is attended in one launch for all
 requests, causal for their new tokens; then, for one streamed request after another, its host pages
 as they land in the ring, all of which come before its queries.
-
-Has not run on a GPU yet.
 """
 
 from __future__ import annotations

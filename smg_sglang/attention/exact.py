@@ -3,7 +3,7 @@
 That is float32, values of another width than the keys, and latents (MLA) of odd sizes. The slow,
 exact way: the keys of each request are gathered, then all scores go through memory.
 
-Has not run on a GPU yet, but does the same on a CPU, where it is compared with float64.
+On a CPU it does the same, and is compared with float64 there, too.
 """
 
 from __future__ import annotations

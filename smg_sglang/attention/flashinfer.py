@@ -4,8 +4,7 @@ FlashInfer has bf16 and fp16 kernels only. Its log-sum-exps are base 2; here all
 is a kind for keys and values, and one for latents (MLA), whose queries have absorbed the
 projection of the keys.
 
-Checked against FlashInfer's signatures and, with its kernels replaced by float64 references, on a
-CPU. Has not run on a GPU yet.
+On a CPU it is checked against FlashInfer's signatures, its kernels replaced by float64 references.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The merge of partial states on CUDA: one launch, in place, accumulated in float32.
 
 FlashInfer's own `merge_state` holds the running output in bf16 or fp16, and so rounds it at each
-merge; a long context has hundreds. Runs in Triton's interpreter in the tests; has not run on a GPU
-yet.
+merge; a long context has hundreds. Runs in Triton's interpreter in the tests, too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measures, when a worker starts on CUDA, which way of copying is faster. Has not run on a GPU yet.
+"""Measures, when a worker starts on CUDA, which way of copying is faster.
 
 On memory of its own, a few MiB on either side, so that no KV is touched; before there are requests,
 so that no copies are in its way.

@@ -1,4 +1,4 @@
-"""Copies between a CUDA pool and the arena, on side streams. Has not run on a GPU yet.
+"""Copies between a CUDA pool and the arena, on side streams.
 
 The arena is page-locked piece by piece in the background. A move whose pages are locked goes
 directly, by one of two methods; any other goes through a small pinned ring, with a CPU copy.

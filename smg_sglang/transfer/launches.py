@@ -1,7 +1,4 @@
-"""What one launch of the copy kernel copies: which layers, buffers (a part of a layer each), pages.
-
-Has not run on a GPU yet.
-"""
+"""What one launch of the copy kernel copies: layers, buffers (a part of a layer each), pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Page-locking an arena for CUDA, in the background. Has not run on a GPU yet."""
+"""Page-locking an arena for CUDA, in the background."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 What is ahead of the reader is copied while it computes: with a ring of three, one segment is in
 use and two are on their way.
 
-On CUDA (where this has not run yet) nothing here makes the CPU wait for the device. A fill goes to
+On CUDA nothing here makes the CPU wait for the device. A fill goes to
 the mover's side stream behind an event on the reader's stream, recorded when the buffer was given
 back: all that used it had been enqueued by then. The reader's stream waits for the event behind the
 fill before the segment is given. Fills come one after another on the side stream, so a new reader's

@@ -1,7 +1,4 @@
-"""A small pinned buffer that pages pass through while their arena is not page-locked.
-
-Has not run on a GPU yet.
-"""
+"""A small pinned buffer that pages pass through while their arena is not page-locked."""
 
 from __future__ import annotations
 

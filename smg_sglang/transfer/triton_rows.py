@@ -3,7 +3,7 @@
 One launch copies any number of buffers (a part of a layer each) whose rows are equally long: a
 launch costs the CPU some tens of microseconds (an estimate), more than the copy itself takes where
 pages are few. Few programs: PCIe is full long before the SMs are, and the forward wants the SMs.
-Runs in Triton's interpreter in the tests; has not run on a GPU yet.
+Runs in Triton's interpreter in the tests, too.
 
 The grid
 --------

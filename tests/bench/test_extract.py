@@ -1,4 +1,4 @@
-"""The README's figures are taken from where the benchmarks put them."""
+"""The figures of docs/measured.md are taken from where the benchmarks put them."""
 
 import pytest
 

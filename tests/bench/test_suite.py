@@ -1,4 +1,4 @@
-"""The suite's records, its table, and the README that must be that table."""
+"""The suite's records, and the documents and the picture that must be what they say."""
 
 import json
 import sys
@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from bench.suite import __main__ as suite
-from bench.suite import extract, readme, records
+from bench.suite import extract, measured, records
 from bench.suite.child import GRACE_S, run
+from bench.suite.effect import Effect, draw, drawn, effects
 from bench.suite.figures import Figure, figure_from, lines, show
 from bench.suite.parts import Part, parts
 
@@ -68,23 +69,66 @@ def test_the_newest_full_runs_count_and_quick_ones_only_without_any(tmp_path):
 
 
 def test_the_table_has_machine_versions_date_medians_and_what_failed():
-    text = readme.render([record(1.0), record(3.0), record(status="timed out")])
+    text = measured.render([record(1.0), record(3.0), record(status="timed out")])
     assert "2026-11-24" in text and "SGLang 0.5.23" in text and "AMD EPYC" in text
     assert "| w | time | 2.00 s [2.00 s .. 2.00 s] | 2.00 s [1.00 s .. 3.00 s] |" in text
     assert "- p: timed out, no reason given (2026-11-24T12:00)" in text
 
 
 def test_only_what_is_between_the_markers_is_replaced():
-    before = f"a\n{readme.BEGIN}\nold\n{readme.END}\nb"
-    once = readme.replaced(before, "new")
-    assert once == f"a\n{readme.BEGIN}\n\nnew\n\n{readme.END}\nb"
-    assert readme.replaced(once, "new") == once
+    before = f"a\n{measured.BEGIN}\nold\n{measured.END}\nb"
+    once = measured.replaced(before, "new")
+    assert once == f"a\n{measured.BEGIN}\n\nnew\n\n{measured.END}\nb"
+    assert measured.replaced(once, "new") == once
     with pytest.raises(ValueError, match="needs the lines"):
-        readme.replaced("no markers", "new")
+        measured.replaced("no markers", "new")
 
 
-def test_the_readme_shows_what_is_recorded():
-    assert readme.main(["--check"]) == 0, "run `make readme`"
+def test_the_documents_and_the_picture_show_what_is_recorded():
+    assert measured.main(["--check"]) == 0, "run `make readme`"
+
+
+@pytest.mark.parametrize("name", ["README", "RECORD", "PICTURE"])
+def test_what_is_out_of_date_is_found_and_written_again(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(measured, "ROOT", tmp_path)
+    for each in ("README", "RECORD", "PICTURE"):
+        before = getattr(measured, each)
+        monkeypatch.setattr(measured, each, tmp_path / before.name)
+        (tmp_path / before.name).write_bytes(before.read_bytes())
+    assert measured.main([]) == measured.main(["--check"]) == 0
+    stale = getattr(measured, name)
+    if name == "PICTURE":
+        draw([Effect("Chats", "8 turns", 4.0, 1.0)], "a machine", stale)
+    else:
+        stale.write_text(measured.replaced(stale.read_text(), "of yesterday"))
+    assert measured.main(["--check"]) == 1
+    assert measured.main([]) == measured.main(["--check"]) == 0
+
+
+def test_records_of_which_nothing_is_drawn_are_said_to_be_none():
+    assert effects([[Figure("prompts that share nothing", "TTFT mean", "s", 1.0, 2.0)]]) == []
+    assert measured.summary([], [record()]) == measured.render([])
+
+
+def test_the_effect_is_the_median_of_all_runs_of_a_workload_by_what_it_is():
+    def run(stock, ours):
+        return [
+            Figure("sessions.tgz: 60 requests", "TTFT mean", "s", stock, ours),
+            Figure("19 chats of 8 turns, working set 1", "TTFT mean", "s", 5.0, None),
+            Figure("19 chats of 8 turns, working set 1", "TTFT p50", "s", 9.0, 9.0),
+        ]
+
+    (found,) = effects([run(4.0, 1.0), run(6.0, 3.0), run(5.0, 1.5)])
+    assert (found.name, found.stock, found.ours) == ("Coding agents", 5.0, 1.5)
+    words = measured.summary([found], [record()])
+    assert "coding agents 1.50 s and 5.00 s (SmolLM2-135M on 2 CPU cores" in words
+
+
+def test_a_picture_knows_what_it_shows(tmp_path):
+    picture, found = tmp_path / "effect.png", [Effect("Chats", "8 turns", 4.0, 1.0)]
+    assert drawn(picture) == []
+    draw(found, "a machine", picture)
+    assert drawn(picture) == found
 
 
 def test_every_recorded_run_can_be_read():

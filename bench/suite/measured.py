@@ -1,4 +1,4 @@
-"""`make readme`: the README's measured table, written from the records between two markers."""
+"""`make readme`: docs/measured.md and the README's picture and figures, from the records."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench.suite.figures import Line, figure_from, lines
+from bench.suite.effect import Effect, draw, drawn, effects
+from bench.suite.figures import Figure, Line, figure_from, lines
 from bench.suite.parts import parts
 from bench.suite.records import RESULTS, Record, latest
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README, RECORD, PICTURE = ROOT / "README.md", ROOT / "docs/measured.md", ROOT / "docs/effect.png"
 BEGIN = "<!-- measured: begin; `make readme` writes what is between -->"
 END = "<!-- measured: end -->"
 
@@ -46,6 +48,16 @@ def headline(records: Sequence[Record]) -> str:
     )
 
 
+def machine(records: Sequence[Record]) -> str:
+    """Where the picture's figures come from, in a line."""
+    last = records[-1]["machine"]
+    return (
+        f"SmolLM2-135M on {last['gpu'] or str(last['cores']) + ' CPU cores'}, "
+        f"SGLang {last['versions']['sglang']}, "
+        f"{last['date'][:10]}"
+    )
+
+
 def failures(records: Sequence[Record]) -> list[str]:
     """Parts that did not end well, or that no run has, one line each with the reason."""
     ran = {part["name"] for record in records for part in record["parts"]}
@@ -63,31 +75,47 @@ def reason(part: dict[str, Any]) -> str:
     return str(part["detail"]).split(";", 1)[0] or "no reason given"
 
 
-def render(records: Sequence[Record]) -> str:
-    """What stands between the markers."""
-    if not records:
-        return "No run is recorded: `make bench-all`."
-    runs = [
+def runs_of(records: Sequence[Record]) -> list[list[Figure]]:
+    """The figures of each run."""
+    return [
         [figure_from(row) for part in record["parts"] for row in part["figures"]]
         for record in records
     ]
-    said = [headline(records), "", *table(lines(runs))]
+
+
+def render(records: Sequence[Record]) -> str:
+    """What stands between the markers of the whole record."""
+    if not records:
+        return "No run is recorded: `make bench-all`."
+    said = [headline(records), "", *table(lines(runs_of(records)))]
     if failed := failures(records):
         said += ["", "Did not end well, or was not run:", "", *failed]
     return "\n".join(said)
 
 
-def replaced(readme: str, text: str) -> str:
-    """The README with `text` between its markers.
+def summary(found: Sequence[Effect], records: Sequence[Record]) -> str:
+    """What stands between the markers of the README: the picture, and its figures as words."""
+    if not found:
+        return "No run is recorded: `make bench-all`."
+    waits = ", ".join(f"{one.name.lower()} {one.ours:.2f} s and {one.stock:.2f} s" for one in found)
+    return (
+        f"![How long until the answer begins]({PICTURE.relative_to(ROOT)})\n\n"
+        f"Mean time to the first token with and without `--enable-smg`: {waits} "
+        f"({machine(records)})."
+    )
+
+
+def replaced(before: str, text: str) -> str:
+    """A document with `text` between its markers.
 
     Raises:
         ValueError: a marker is missing.
     """
-    if BEGIN not in readme or END not in readme:
-        raise ValueError(f"the README needs the lines {BEGIN!r} and {END!r}")
-    before, rest = readme.split(BEGIN, 1)
-    _, after = rest.split(END, 1)
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+    if BEGIN not in before or END not in before:
+        raise ValueError(f"the document needs the lines {BEGIN!r} and {END!r}")
+    head, rest = before.split(BEGIN, 1)
+    _, tail = rest.split(END, 1)
+    return f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}"
 
 
 def main(arguments: list[str]) -> int:
@@ -95,11 +123,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where it differs")
     options = parser.parse_args(arguments)
-    before = README.read_text()
-    after = replaced(before, render(latest(options.results)))
+    records = latest(options.results)
+    found = effects(runs_of(records))
+    texts = {RECORD: render(records), README: summary(found, records)}
+    written = {path: replaced(path.read_text(), text) for path, text in texts.items()}
     if options.check:
-        return int(before != after)
-    README.write_text(after)
+        same = all(path.read_text() == text for path, text in written.items())
+        return int(not same or (bool(found) and drawn(PICTURE) != found))
+    for path, text in written.items():
+        path.write_text(text)
+    if found:
+        draw(found, machine(records), PICTURE)
     return 0
 
 
