@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 from smg_sglang.memory.arena import Arena, create_memfd
-from smg_sglang.transfer import DevicePool, Mover
-from smg_sglang.transfer.copy_choice import CopyMethods, Method
-from smg_sglang.transfer.copy_measure import choose_copies
+from smg_sglang.transfer.copy_rates import measure_copies
 from smg_sglang.transfer.cpu import CpuMover, kernels
 from smg_sglang.transfer.cuda import CudaMover
+from smg_sglang.transfer.layout import DevicePool
+from smg_sglang.transfer.mover import Mover
 from smg_sglang.transfer.pinning import ArenaPins
 
 Subjects = dict[str, Callable[[], None]]
@@ -134,13 +134,11 @@ def cuda_subjects(world: World) -> Subjects:
         "plain device to host": lambda: plain(host, device),
         "plain host to device": lambda: plain(device, host),
     }
-    for method, mover in cuda_movers(world).items():
-        subjects |= movement(world, mover, method)
-    return subjects
+    return subjects | movement(world, cuda_mover(world), "kernel")
 
 
 class CountedMover(CudaMover):
-    """Counts launches, and parts of a layer copied run by run."""
+    """Counts launches."""
 
     enqueued = 0
 
@@ -148,47 +146,35 @@ class CountedMover(CudaMover):
         self.enqueued += 1
         super()._launch(*args, **more)
 
-    def _copy_runs(self, *args: Any, **more: Any) -> None:
-        self.enqueued += 1
-        super()._copy_runs(*args, **more)
 
-
-def cuda_movers(world: World) -> dict[Method, CountedMover]:
-    methods: tuple[Method, ...] = ("kernel", "copies")
-    movers = {
-        method: CountedMover(
-            world.pool, methods=CopyMethods(method, method), shared_pins=world.pins
-        )
-        for method in methods
-    }
+def cuda_mover(world: World) -> CountedMover:
     world.pins.pin(world.arena.buffer, world.pool.device)
     if not world.pins.wait(world.arena.buffer):
         raise SystemExit("the driver does not page-lock the arena (see `ulimit -l`)")
-    return movers
+    return CountedMover(world.pool, shared_pins=world.pins)
 
 
 def enqueueing(world: World, pages: int, rounds: int) -> dict[str, dict[str, float]]:
     """What a spill and a load cost this thread: microseconds of CPU time (it sleeps while it waits
     for the copy), the median, and how often it enqueued; wall time beside it."""
-    costs = {}
-    for method, mover in cuda_movers(world).items():
-        for name, run in movement(world, mover, method, pages).items():
-            run()  # warms up
-            mover.enqueued = 0
-            samples = []
-            for _ in range(rounds):
-                began = time.thread_time(), time.perf_counter()
-                run()
-                samples.append((time.thread_time() - began[0], time.perf_counter() - began[1]))
-            cpu, wall = 1e6 * np.median(samples, axis=0)
-            costs[f"{name}, {pages} pages"] = {
-                "enqueued": mover.enqueued / rounds, "cpu_us": float(cpu), "us": float(wall)
-            }  # fmt: skip
+    costs, mover = {}, cuda_mover(world)
+    for name, run in movement(world, mover, "kernel", pages).items():
+        run()  # warms up
+        mover.enqueued = 0
+        samples = []
+        for _ in range(rounds):
+            began = time.thread_time(), time.perf_counter()
+            run()
+            samples.append((time.thread_time() - began[0], time.perf_counter() - began[1]))
+        cpu, wall = 1e6 * np.median(samples, axis=0)
+        costs[f"{name}, {pages} pages"] = {
+            "enqueued": mover.enqueued / rounds, "cpu_us": float(cpu), "us": float(wall)
+        }  # fmt: skip
     return costs
 
 
 def show_enqueueing(console: Console, costs: dict[str, dict[str, float]]) -> None:
-    table = Table("what", "launches, or parts of layers", "CPU us", "us until copied")
+    table = Table("what", "launches", "CPU us", "us until copied")
     for name, cost in costs.items():
         table.add_row(name, *(f"{cost[key]:.0f}" for key in ("enqueued", "cpu_us", "us")))
     console.print(table)
@@ -274,10 +260,10 @@ def main() -> None:
         show(console, f"{name}, page size {page_size}, {order}, {world.nbytes >> 20} MiB", rates)
         case = {"shape": name, "page_size": page_size, "order": order, "nbytes": world.nbytes}
         if options.device == "cuda":
-            choice = choose_copies(world.pool)
-            console.print(f"a server would choose: {choice} ({choice.why})")
+            measured = measure_copies(world.pool)
+            console.print(f"a server would measure at its start: {measured}")
             show_enqueueing(console, costs)
-            case |= {"choice": choice.state(), "enqueueing": costs}
+            case |= {"measured": measured.state(), "enqueueing": costs}
         results.append({**case, "gb_per_s": rates})
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(

@@ -1,28 +1,29 @@
 """What an operator can choose, declared once (`choices`), checked, and told to people."""
 
-from smg_sglang.config.checks import make_config
-from smg_sglang.config.choices import OPTIONS, SmgConfig
+from smg_sglang.config.checks import make_config as make_config
+from smg_sglang.config.choices import OPTIONS as OPTIONS
+from smg_sglang.config.choices import SmgConfig as SmgConfig
 from smg_sglang.config.policies import (
-    DEFAULT_EVICTION,
-    DEFAULT_SHARE,
-    DEFAULT_SPLIT_TOKENS,
-    MAX_PAGE_SIZE,
-    MAX_WAITING_SHARE,
-    MIN_HOST_GB,
-    EvictionName,
-    WritePolicy,
+    DEFAULT_EVICTION as DEFAULT_EVICTION,
 )
-
-__all__ = [
-    "DEFAULT_EVICTION",
-    "DEFAULT_SHARE",
-    "DEFAULT_SPLIT_TOKENS",
-    "MAX_PAGE_SIZE",
-    "MAX_WAITING_SHARE",
-    "MIN_HOST_GB",
-    "OPTIONS",
-    "EvictionName",
-    "SmgConfig",
-    "WritePolicy",
-    "make_config",
-]
+from smg_sglang.config.policies import (
+    DEFAULT_SHARE as DEFAULT_SHARE,
+)
+from smg_sglang.config.policies import (
+    DEFAULT_SPLIT_TOKENS as DEFAULT_SPLIT_TOKENS,
+)
+from smg_sglang.config.policies import (
+    MAX_PAGE_SIZE as MAX_PAGE_SIZE,
+)
+from smg_sglang.config.policies import (
+    MAX_WAITING_SHARE as MAX_WAITING_SHARE,
+)
+from smg_sglang.config.policies import (
+    MIN_HOST_GB as MIN_HOST_GB,
+)
+from smg_sglang.config.policies import (
+    EvictionName as EvictionName,
+)
+from smg_sglang.config.policies import (
+    WritePolicy as WritePolicy,
+)

@@ -26,7 +26,7 @@ from smg_sglang.tier.host_pages import HostPages
 from smg_sglang.tier.load_backs import LoadBacks
 from smg_sglang.tier.lookups import Lookups
 from smg_sglang.tier.spills import BACKGROUND_TIMEOUT_S, Spills
-from smg_sglang.transfer.copy_measure import choose_copies
+from smg_sglang.transfer.copy_rates import measure_copies
 from smg_sglang.transfer.layer_loads import LayerLoads
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import BeforeCopy
@@ -74,16 +74,10 @@ class HostTier:
         self.release = self.connections.release
         # Memory can be page-locked once only, and the streams' ring copies the same arenas.
         self.pins = ArenaPins()
-        # Before the first request, when nothing else is copied. A CPU copies in one way only.
-        self._copies = choose_copies(pool) if pool.device.type == "cuda" else None
+        # Before the first request, when nothing else is copied.
+        self._copies = measure_copies(pool) if pool.device.type == "cuda" else None
         self._make_parts(
-            partial(
-                make_mover,
-                pool,
-                order_after=forward_streams,
-                pins=self.pins,
-                methods=None if self._copies is None else self._copies.methods,
-            ),
+            partial(make_mover, pool, order_after=forward_streams, pins=self.pins),
             pool_pages=pool.num_slots // pool.layout.page_size,
         )
 

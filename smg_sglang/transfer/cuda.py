@@ -1,9 +1,9 @@
 """Copies between a CUDA pool and the arena, on side streams.
 
 The arena is page-locked piece by piece in the background. A move whose pages are locked goes
-directly, by one of two methods; any other goes through a small pinned ring, with a CPU copy.
-By kernel a spill is one launch for all pages and layers, and a load one for a layer, or for some
-where pages are few; two of each where rows of K and V differ in length (`launches`).
+directly: a Triton kernel reads or writes host memory itself. Any other goes through a small pinned
+ring, with a CPU copy. A spill is one launch for all pages and layers, a load one for some layers;
+two of each where rows of K and V differ in length (`launches`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from smg_sglang.transfer.copy_choice import CopyMethods, Method
 from smg_sglang.transfer.launches import BufferTable, LockedPages, buffer_tables, layer_groups
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import Mark, Mover, PageMove
@@ -50,11 +49,9 @@ class CudaMove(PageMove):
 
     Attributes:
         direct: where the pages are, unless they go through the ring.
-        host_slots: copy of ``slots``, for the method that needs it.
     """
 
     direct: LockedPages | None = None
-    host_slots: torch.Tensor | None = None
 
 
 class CudaMover(Mover):
@@ -63,11 +60,6 @@ class CudaMover(Mover):
     Arenas that are copied are pinned, and stay so until `unpin`: call it for the arena of a
     server that is gone, or its memory is not given back. Movers that copy the same arenas share
     their pins.
-
-    ``kernel``: a Triton kernel reads or writes host memory itself; nothing waits on the CPU, and
-    slots never leave the device. ``copies``: one cudaMemcpyAsync for each run of slots, which
-    leaves the SMs alone but needs the slots on the host, so a thread enqueues them, after what the
-    copies come after. `copy_measure` chooses.
     """
 
     def __init__(
@@ -76,7 +68,6 @@ class CudaMover(Mover):
         *,
         order_after: Sequence[Any] = (),
         shared_pins: ArenaPins | None = None,
-        methods: CopyMethods | None = None,
         pins: bool = True,
         programs: int = 16,
         ring_bytes: int = RING_BYTES,
@@ -86,7 +77,6 @@ class CudaMover(Mover):
         launch."""
         super().__init__(pool)
         self._order_after = order_after
-        self._methods = methods or CopyMethods()
         self._pins = pins
         self._programs = programs
         self._load_stream = torch.cuda.Stream(pool.device)
@@ -103,12 +93,8 @@ class CudaMover(Mover):
         """Compile the kernels (cached on disk) now and not when a request waits."""
         nothing = torch.empty(0, dtype=torch.int64, device=self.pool.device)
         for to_arena in (False, True):
-            if self._method(to_arena) == "kernel":
-                for table in self._tables:
-                    self._launch(table, range(1), nothing, nothing, table.unit, to_arena=to_arena)
-
-    def _method(self, to_arena: bool) -> Method:
-        return self._methods.spill if to_arena else self._methods.load
+            for table in self._tables:
+                self._launch(table, range(1), nothing, nothing, table.unit, to_arena=to_arena)
 
     def prepare(self, slots: torch.Tensor, arena: np.ndarray, offsets: np.ndarray) -> PageMove:
         move = super().prepare(slots, arena, offsets)
@@ -135,7 +121,7 @@ class CudaMover(Mover):
         return [EventMark(stream) for stream in streams]
 
     def enqueues(self, moves: Sequence[PageMove]) -> bool:
-        return self._methods.load == "kernel" and all(self._is_pinned(move) for move in moves)
+        return all(self._is_pinned(move) for move in moves)
 
     @contextmanager
     def loading(
@@ -144,14 +130,14 @@ class CudaMover(Mover):
         with torch.cuda.stream(self._load_stream):
             for mark in after:
                 mark.wait()
-            yield [self._begin(move, to_arena=False) for move in moves]
+            yield [self._begin(move, self._load_stream) for move in moves]
 
     def mark(self) -> Mark:
         return EventMark(self._load_stream)
 
     def load_groups(self, moves: Sequence[PageMove]) -> list[range]:
         locked = all(isinstance(move, CudaMove) and move.direct for move in moves)
-        if self._methods.load != "kernel" or not locked:
+        if not locked:
             return super().load_groups(moves)
         pages = sum(move.num_pages for move in moves)
         return layer_groups(self.layout.num_layers, pages * self.layout.layer_bytes)
@@ -170,7 +156,7 @@ class CudaMover(Mover):
         for first, end, places in ring.chunks(move.num_pages, size):
             sources = move.offsets[first:end] + start
             _copy_blocks(ring.buffer, places, move.arena, sources, size)
-            pages = self._locked(ring.buffer, places - start, to_arena=False)
+            pages = self._locked(ring.buffer, places - start)
             self._move(
                 range(layer, layer + 1), self._slice(move, first, end), pages, to_arena=False
             )
@@ -179,14 +165,14 @@ class CudaMover(Mover):
         with self._spilling, torch.cuda.stream(self._spill_stream):
             for mark in after:
                 mark.wait()
-            started = self._begin(move, to_arena=True)
+            started = self._begin(move, self._spill_stream)
             if started.direct is not None:
                 self._move(self._all_layers, started, started.direct, to_arena=True)
                 EventMark(self._spill_stream).synchronize()
                 return
             size, ring = self.layout.page_bytes, self._spill_ring
             for first, end, places in ring.chunks(move.num_pages, size):
-                pages = self._locked(ring.buffer, places, to_arena=True)
+                pages = self._locked(ring.buffer, places)
                 chunk = self._slice(started, first, end)
                 self._move(self._all_layers, chunk, pages, to_arena=True)
                 EventMark(self._spill_stream).synchronize()
@@ -196,9 +182,10 @@ class CudaMover(Mover):
         """Copy all layers of page-locked pages, and wait: seconds from the beginning of the first
         copy's enqueueing to the end of the last copy. To measure, while nothing else is copied."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.stream(self._stream(to_arena)):
+        stream = self._spill_stream if to_arena else self._load_stream
+        with torch.cuda.stream(stream):
             begin.record()
-            started = self._begin(move, to_arena=to_arena)
+            started = self._begin(move, stream)
             assert started.direct is not None, "its pages are locked"
             self._move(self._all_layers, started, started.direct, to_arena=to_arena)
             end.record()
@@ -209,19 +196,11 @@ class CudaMover(Mover):
     def _all_layers(self) -> range:
         return range(self.layout.num_layers)
 
-    def _stream(self, to_arena: bool) -> Any:
-        return self._spill_stream if to_arena else self._load_stream
-
-    def _begin(self, move: PageMove, *, to_arena: bool) -> CudaMove:
+    def _begin(self, move: PageMove, stream: Any) -> CudaMove:
         # The caller may drop the slots while the stream still reads them.
-        move.slots.record_stream(self._stream(to_arena))
-        host_slots = move.slots.cpu() if self._method(to_arena) == "copies" else None
-        direct = (
-            self._locked(move.arena, move.offsets, to_arena=to_arena)
-            if self._is_pinned(move)
-            else None
-        )
-        return CudaMove(move.slots, move.arena, move.offsets, direct, host_slots)
+        move.slots.record_stream(stream)
+        direct = self._locked(move.arena, move.offsets) if self._is_pinned(move) else None
+        return CudaMove(move.slots, move.arena, move.offsets, direct)
 
     def _is_pinned(self, move: PageMove) -> bool:
         if not self._pins or not move.num_pages:
@@ -229,28 +208,19 @@ class CudaMover(Mover):
         end = int(move.offsets.max()) + self.layout.page_bytes
         return end <= self._pinned.pinned_bytes(move.arena)
 
-    def _locked(self, host: np.ndarray, starts: np.ndarray, *, to_arena: bool) -> LockedPages:
-        kernel = self._method(to_arena) == "kernel"
-        return LockedPages.at(host, starts, self.pool.device if kernel else None)
+    def _locked(self, host: np.ndarray, starts: np.ndarray) -> LockedPages:
+        return LockedPages.at(host, starts, self.pool.device)
 
     def _slice(self, move: CudaMove, first: int, end: int) -> CudaMove:
         """Some pages of a move that goes through the ring."""
         size = self.layout.page_size
-        part = slice(first * size, end * size)
-        host_slots = None if move.host_slots is None else move.host_slots[part]
-        return CudaMove(move.slots[part], move.arena, move.offsets[first:end], None, host_slots)
+        return CudaMove(move.slots[first * size : end * size], move.arena, move.offsets[first:end])
 
     def _move(self, layers: range, move: CudaMove, pages: LockedPages, *, to_arena: bool) -> None:
         """Enqueue copies of some layers between the move's slots and page-locked memory."""
-        if pages.on_device is not None:
-            for table in self._tables:
-                unit = gcd(table.unit, pages.unit)
-                self._launch(table, layers, move.slots, pages.on_device, unit, to_arena=to_arena)
-            return
-        for layer in layers:
-            for part, rows in enumerate(self.pool.rows[layer]):
-                starts = pages.starts + self.layout.part_offset(layer, part)
-                self._copy_runs(rows, pages.host, move, starts, to_arena=to_arena)
+        for table in self._tables:
+            unit = gcd(table.unit, pages.unit)
+            self._launch(table, layers, move.slots, pages.addresses, unit, to_arena=to_arena)
 
     def _launch(
         self,
@@ -274,37 +244,6 @@ class CudaMover(Mover):
             programs=self._programs,
             to_arena=to_arena,
         )
-
-    def _copy_runs(
-        self,
-        rows: torch.Tensor,
-        host: np.ndarray,
-        move: CudaMove,
-        starts: np.ndarray,
-        *,
-        to_arena: bool,
-    ) -> None:
-        assert move.host_slots is not None
-        memory = torch.from_numpy(host)
-        row_bytes = rows.shape[1]
-        for first, length, page, token in _runs(move.host_slots.numpy(), self.layout.page_size):
-            device = rows[first : first + length].view(-1)
-            start = int(starts[page]) + token * row_bytes
-            block = memory[start : start + length * row_bytes]
-            if to_arena:
-                block.copy_(device, non_blocking=True)
-            else:
-                device.copy_(block, non_blocking=True)
-
-
-def _runs(slots: np.ndarray, page_size: int) -> Iterator[tuple[int, int, int, int]]:
-    """(first slot, length, page, token in page) of each run of following slots in a page."""
-    at = np.arange(len(slots))
-    breaks = (np.diff(slots, prepend=slots[:1] - 2) != 1) | (at % page_size == 0)
-    heads = np.flatnonzero(breaks)
-    lengths = np.diff(heads, append=len(slots))
-    for head, length in zip(heads.tolist(), lengths.tolist(), strict=True):
-        yield int(slots[head]), length, head // page_size, head % page_size
 
 
 def _copy_blocks(

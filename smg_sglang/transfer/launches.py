@@ -79,24 +79,19 @@ class LockedPages:
     """Where pages are in page-locked memory: an arena's, or for the time being a ring's.
 
     Attributes:
-        host: uint8, the memory.
-        starts: int64 [n], where each page begins in ``host``; may lie outside of it where ``host``
+        addresses: int64 [n] on the device, of each page; may lie outside of the memory where that
             holds one layer of the pages only.
-        on_device: int64 [n], the address of each, for the kernel.
         unit: bytes that divide every address.
     """
 
-    host: np.ndarray
-    starts: np.ndarray
-    on_device: torch.Tensor | None
+    addresses: torch.Tensor
     unit: int
 
     @classmethod
-    def at(cls, host: np.ndarray, starts: np.ndarray, device: torch.device | None) -> LockedPages:
-        """``device``: where a kernel reads the addresses, uploaded on the current stream."""
+    def at(cls, host: np.ndarray, starts: np.ndarray, device: torch.device) -> LockedPages:
+        """Pages that begin at bytes ``starts`` of ``host``, for kernels on the current stream."""
         addresses = host.ctypes.data + starts
-        on_device = None if device is None else _upload(addresses, device)
-        return cls(host, starts, on_device, int(np.gcd.reduce(addresses)))
+        return cls(_upload(addresses, device), int(np.gcd.reduce(addresses)))
 
 
 def _upload(numbers: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -47,7 +47,7 @@ class LayerLoads:
     """Queue loads per request, start all queued ones as one batch, finish the batch.
 
     All methods are for the scheduler thread; copies run on a loader thread, or, where the mover
-    only enqueues (CUDA by the kernel, pinned pages), on a side stream without any other thread.
+    only enqueues (CUDA, pinned pages), on a side stream without any other thread.
     Paced, they always run on the thread, which lets each batch land before the next one begins: so
     that what has not begun can be given up.
 

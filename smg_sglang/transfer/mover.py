@@ -135,7 +135,7 @@ class Mover(ABC):
 
     def load_groups(self, moves: Sequence[PageMove]) -> list[range]:
         """All layers, in order, in groups that are loaded at once. A layer each, unless it takes
-        less time to enqueue several together (CUDA by the kernel)."""
+        less time to enqueue several together (CUDA)."""
         return [range(layer, layer + 1) for layer in range(self.layout.num_layers)]
 
     def fence(self) -> list[Mark]:

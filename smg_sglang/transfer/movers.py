@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from smg_sglang.errors import ConfigError
-from smg_sglang.transfer.copy_choice import CopyMethods
 from smg_sglang.transfer.cpu import CpuMover
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import Mover
@@ -14,11 +13,7 @@ from smg_sglang.transfer.pinning import ArenaPins
 
 
 def make_mover(
-    pool: DevicePool,
-    *,
-    order_after: Sequence[Any] = (),
-    pins: ArenaPins | None = None,
-    methods: CopyMethods | None = None,
+    pool: DevicePool, *, order_after: Sequence[Any] = (), pins: ArenaPins | None = None
 ) -> Mover:
     """The mover for the pool's device.
 
@@ -26,8 +21,6 @@ def make_mover(
         order_after: CUDA streams (the forward stream) that loads must come after, besides the
             current one. Ignored on a CPU, where the forward is synchronous.
         pins: of all movers that copy the same arenas; its own by default. A CPU pins nothing.
-        methods: how CUDA copies; by default with the kernel, so that no thread is needed. Ignored
-            on a CPU.
 
     Raises:
         ConfigError: there is no mover for this device.
@@ -37,5 +30,5 @@ def make_mover(
     if pool.device.type == "cuda":
         from smg_sglang.transfer.cuda import CudaMover
 
-        return CudaMover(pool, order_after=order_after, shared_pins=pins, methods=methods)
+        return CudaMover(pool, order_after=order_after, shared_pins=pins)
     raise ConfigError(f"no page copies for device {pool.device.type}; supported: cpu, cuda")

@@ -74,7 +74,6 @@ class SegmentRing:
             layout.page_size,
             dtype,
         )
-        # On CUDA by the kernel: with copy engines the reader would wait for a thread.
         self._mover = make_mover(pool, pins=pins)
         self._slots = torch.arange(slots, device=device)
         self._before_copy = before_copy

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from smg_sglang.memory.arena import Arena, create_memfd
-from smg_sglang.transfer import LayerLoads, SpillQueue, SpillTarget
-from smg_sglang.transfer.copy_choice import CopyMethods
 from smg_sglang.transfer.cuda import CudaMover
+from smg_sglang.transfer.layer_loads import LayerLoads
+from smg_sglang.transfer.spills import SpillQueue, SpillTarget
 from tests.transfer import worlds
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +22,7 @@ LONG = 200_000_000
 class World:
     """A pool on the device and a memfd arena, as the memory server makes it."""
 
-    def __init__(self, method="kernel", *, pinned=True, pages=64, dtype=torch.bfloat16, **shape):
+    def __init__(self, *, pinned=True, pages=64, dtype=torch.bfloat16, **shape):
         shape = {"layers": 4, "heads": 3, "dim": 64, "page_size": 16} | shape
         slots = 2 * pages * shape["page_size"]
         self.pool = worlds.make_pool(**shape, slots=slots, dtype=dtype, device="cuda")
@@ -36,7 +36,6 @@ class World:
         self.forward = torch.cuda.Stream()
         self.mover = CudaMover(
             self.pool,
-            methods=CopyMethods(method, method),
             pins=pinned,
             order_after=[self.forward],
             ring_bytes=1 << 20,
@@ -72,7 +71,6 @@ def same(pool, slots, want):
     )
 
 
-@pytest.mark.parametrize("method", ["kernel", "copies"])
 @pytest.mark.parametrize("pinned", [True, False])
 @pytest.mark.parametrize(
     "shape",
@@ -87,8 +85,8 @@ def same(pool, slots, want):
     ],
     ids=["smollm2", "page1", "page128", "mla", "odd", "fp8", "fp32"],
 )
-def test_pages_come_back_byte_for_byte(make_world, method, pinned, shape):
-    world = make_world(method, pinned=pinned, **shape)
+def test_pages_come_back_byte_for_byte(make_world, pinned, shape):
+    world = make_world(pinned=pinned, **shape)
     want = world.spill()
     np.testing.assert_array_equal(
         worlds.pages_in(world.pool, world.arena, world.offsets),
@@ -129,9 +127,8 @@ def test_nothing_is_compiled_after_a_mover_is_made(make_world):
     assert len(kernels) == made
 
 
-@pytest.mark.parametrize("method", ["kernel", "copies"])
-def test_the_forward_stream_waits_for_each_layer_and_the_cpu_does_not(make_world, method):
-    world = make_world(method)
+def test_the_forward_stream_waits_for_each_layer_and_the_cpu_does_not(make_world):
+    world = make_world()
     want = world.spill()
     worlds.clear(world.pool)
     torch.cuda.synchronize()

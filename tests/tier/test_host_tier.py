@@ -9,7 +9,7 @@ import torch
 from smg_sglang.config import SmgConfig, WritePolicy
 from smg_sglang.tier import host_tier
 from smg_sglang.tier.host_tier import HostTier
-from smg_sglang.transfer.copy_choice import CopyChoice, CopyMethods, CopyRates
+from smg_sglang.transfer.copy_rates import CopyRates
 from smg_sglang.transfer.cpu import CpuMover
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import random_delay
@@ -239,24 +239,16 @@ def test_a_prompt_longer_than_the_waiting_limit_is_spilled(make_world):
     assert world.spill(1, SLOTS * 3 // 4, slots_at(0, SLOTS * 3 // 4)) == [True]
 
 
-def test_a_worker_on_cuda_copies_as_was_measured_and_shows_it(make_world, monkeypatch):
-    choice = CopyChoice.measured(load=CopyRates(20, 5), spill=CopyRates(10, 25))
-    asked = []
-
-    def make_mover(pool, *, methods, **_more):
-        asked.append(methods)
-        return CpuMover(pool)
-
+def test_a_worker_on_cuda_shows_how_fast_it_copies(make_world, monkeypatch):
+    rates = CopyRates(20.0, 10.0)
     on_cuda = property(lambda pool: torch.device("cuda"), lambda pool, device: None)
     monkeypatch.setattr(DevicePool, "device", on_cuda, raising=False)
-    monkeypatch.setattr(host_tier, "choose_copies", lambda pool: choice)
-    monkeypatch.setattr(host_tier, "make_mover", make_mover)
-    world = make_world()
-    assert asked == [CopyMethods(load="kernel", spill="copies")]
-    assert world.tier.state()["copies"] == choice.state()
+    monkeypatch.setattr(host_tier, "measure_copies", lambda pool: rates)
+    monkeypatch.setattr(host_tier, "make_mover", lambda pool, **_more: CpuMover(pool))
+    assert make_world().tier.state()["copies"] == rates.state()
 
 
-def test_a_worker_on_a_cpu_has_nothing_to_choose(make_world):
+def test_a_worker_on_a_cpu_has_nothing_to_measure(make_world):
     assert make_world().tier.state()["copies"] is None
 
 

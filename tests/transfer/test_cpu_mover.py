@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smg_sglang.transfer import make_mover
 from smg_sglang.transfer.cpu import CpuMover, KernelLoader, kernels
+from smg_sglang.transfer.movers import make_mover
 from tests.transfer import worlds
 
 KERNELS = ["compiled", "torch"]

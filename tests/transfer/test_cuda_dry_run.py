@@ -48,11 +48,6 @@ def driver(monkeypatch):
         yield driver
 
 
-@pytest.fixture(params=["kernel", "copies"])
-def method(request):
-    return request.param
-
-
 SHAPES = [
     {"kind": "mha", "heads": 3, "dim": 64},
     {"kind": "mha", "heads": 1, "dim": 5, "v_dim": 3},
@@ -63,23 +58,21 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=["tp1", "odd", "mla"])
 @pytest.mark.parametrize("pinned", [True, False])
 @pytest.mark.parametrize("scattered", [True, False])
-def test_pages_come_back_byte_for_byte(driver, method, shape, pinned, scattered):
-    from smg_sglang.transfer.copy_choice import CopyMethods
+def test_pages_come_back_byte_for_byte(driver, shape, pinned, scattered):
     from smg_sglang.transfer.cuda import CudaMover
 
     pool = worlds.make_pool(**shape, layers=2, page_size=4, slots=65)
     arena, offsets = worlds.make_arena(pool, 7, gap=2)
     # A ring so small that a staged move goes through it in several chunks.
     ring_bytes = 2 * pool.layout.page_bytes
-    methods = CopyMethods(method, method)
-    mover = CudaMover(pool, methods=methods, pins=pinned, programs=2, ring_bytes=ring_bytes)
+    mover = CudaMover(pool, pins=pinned, programs=2, ring_bytes=ring_bytes)
     if pinned:
         mover.pin(arena)
         assert mover.wait_pinned(arena)
     slots = worlds.page_slots(pool, 7, scattered=scattered)
     back_to = worlds.page_slots(pool, 7, seed=5, scattered=scattered)
     move = mover.prepare(slots, arena, offsets)
-    assert mover.enqueues([move]) is (pinned and method == "kernel")
+    assert mover.enqueues([move]) is pinned
     worlds.round_trip(pool, mover, slots, back_to, arena, offsets)
     mover.close()
     assert not driver.registered
@@ -104,8 +97,8 @@ def test_what_the_driver_refuses_to_lock_is_staged(driver, monkeypatch):
 
 
 def test_batches_that_only_enqueue_need_no_thread_but_never_overtake_one(driver):
-    from smg_sglang.transfer import LayerLoads
     from smg_sglang.transfer.cuda import CudaMover
+    from smg_sglang.transfer.layer_loads import LayerLoads
 
     pool = worlds.make_pool(page_size=4)
     arena, offsets = worlds.make_arena(pool, 3)

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from smg_sglang.transfer import LayerLoads
-from smg_sglang.transfer.copy_choice import CopyMethods
 from smg_sglang.transfer.cuda import CudaMover
 from smg_sglang.transfer.launches import buffer_tables, layer_groups
+from smg_sglang.transfer.layer_loads import LayerLoads
 from smg_sglang.transfer.mover import REACHED
 from tests.transfer import worlds
 
@@ -126,14 +125,11 @@ def test_a_layer_of_many_pages_is_a_launch(make_mover, monkeypatch):
     assert mover.launched == [1] * 5
 
 
-@pytest.mark.parametrize("options", [{"methods": CopyMethods("copies", "copies")}, {"pins": False}])
-def test_layers_land_one_by_one_where_a_launch_saves_nothing(cuda, options):
+def test_layers_land_one_by_one_where_a_launch_saves_nothing(cuda):
     pool = worlds.make_pool(layers=5)
     arena, offsets = worlds.make_arena(pool, 3)
-    mover = CudaMover(pool, **options)
+    mover = CudaMover(pool, pins=False)
     move = mover.prepare(worlds.page_slots(pool, 3), arena, offsets)
-    if "methods" in options:
-        assert mover.wait_pinned(arena)
     with mover.loading([move], mover.fence()) as moves:
         assert [len(group) for group in mover.load_groups(moves)] == [1] * 5
     mover.close()

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from smg_sglang.transfer import LayerLoads, PageMove, make_mover, random_delay
-from smg_sglang.transfer.mover import Mark
+from smg_sglang.transfer.layer_loads import LayerLoads
+from smg_sglang.transfer.mover import Mark, PageMove, random_delay
+from smg_sglang.transfer.movers import make_mover
 from tests.transfer import worlds
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from smg_sglang.errors import ConfigError
-from smg_sglang.transfer import DevicePool
+from smg_sglang.transfer.layout import DevicePool
 from tests.transfer import worlds
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from smg_sglang.errors import MemoryUnavailable
-from smg_sglang.transfer import SpillDropped, SpillQueue, SpillTarget, make_mover, random_delay
+from smg_sglang.transfer.mover import random_delay
+from smg_sglang.transfer.movers import make_mover
+from smg_sglang.transfer.spills import SpillDropped, SpillQueue, SpillTarget
 from tests.transfer import worlds
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from smg_sglang.transfer import DevicePool
+from smg_sglang.transfer.layout import DevicePool
 
 
 def make_pool(kind="mha", *, layers=3, heads=2, dim=8, v_dim=None, slots=64, page_size=4,

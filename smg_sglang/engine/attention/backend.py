@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from smg_sglang.engine.options.names import NAME, NAMES
+from smg_sglang.engine.options.record import NAME, NAMES
 from smg_sglang.errors import ConfigError
 
 

@@ -32,7 +32,7 @@ from smg_sglang.attention.device import DeviceAttention, DevicePlan, slots_of
 from smg_sglang.attention.kernels import Kind, check_dtypes, kind_of, make_kernels
 from smg_sglang.attention.paged import Heads, one_slot_pages
 from smg_sglang.engine.attention.layers import ExtendAndDecode, asked_in_vain
-from smg_sglang.engine.options.names import NAME
+from smg_sglang.engine.options.record import NAME
 from smg_sglang.engine.streams.stream import Stream
 from smg_sglang.engine.streams.table import host_parts, of_batch
 from smg_sglang.errors import ConfigError

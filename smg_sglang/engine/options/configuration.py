@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from smg_sglang.config import SmgConfig, make_config
 from smg_sglang.engine.options import refusals
-from smg_sglang.engine.options.names import NAME
-from smg_sglang.engine.options.record import ATTRIBUTE, device_kind
+from smg_sglang.engine.options.record import ATTRIBUTE, NAME, device_kind
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs

@@ -9,6 +9,9 @@ from smg_sglang.config import SmgConfig
 #: An underscored attribute survives SGLang's resolution and its pickling to the workers
 #: (`ServerArgs.__reduce__`).
 ATTRIBUTE = "_smg"
+#: What `--attention-backend` calls ours; `smg_cpu` is its former name.
+NAME = "smg"
+NAMES = (NAME, "smg_cpu")
 
 
 def is_enabled(server_args: Any) -> bool:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from smg_sglang import TESTED_SGLANG
 from smg_sglang.config import SmgConfig
-from smg_sglang.engine.options.names import NAMES
-from smg_sglang.engine.options.record import chosen, device_kind
+from smg_sglang.engine.options.record import NAMES, chosen, device_kind
 from smg_sglang.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -48,79 +48,51 @@ def register() -> None:
 
         controller = "managers.data_parallel_controller.DataParallelController"
         hook(controller, PhaseDataParallelController, HookType.REPLACE)
-    _register_attention()
+    from smg_sglang.engine.attention import backend
+
+    backend.register()
 
 
 def _register_worker_hooks(hook: Callable[..., None], kind: Any) -> None:
+    parts, batch = "managers.scheduler_components", "managers.schedule_batch"
+    state = f"{parts}.internal_state.SchedulerInternalStateController.get_internal_state"
     hook("mem_cache.registry.create_unified_radix_cache", _around_create_cache, kind.AROUND)
-    parts = "managers.scheduler_components"
-    hook(
-        f"{parts}.internal_state.SchedulerInternalStateController.get_internal_state",
-        _after_internal_state,
-        kind.AFTER,
-    )
-    hook(
-        "managers.schedule_batch.ScheduleBatch.prepare_for_extend",
-        _around_prepare_for_extend,
-        kind.AROUND,
-    )
-    hook(f"{parts}.output_sender.SenderWrapper.send_output", _around_send_output, kind.AROUND)
-    hook("managers.schedule_batch.release_req", _before_release_req, kind.BEFORE)
+    hook(state, _after_internal_state, kind.AFTER)
+    hook(f"{batch}.ScheduleBatch.prepare_for_extend", _around_prepare_for_extend, kind.AROUND)
+    output = f"{parts}.output_sender.SenderWrapper.send_output"
+    hook(output, publication.around_send_output, kind.AROUND)
+    hook(f"{batch}.release_req", _before_release_req, kind.BEFORE)
     hook("managers.scheduler.Scheduler.get_new_batch_prefill", _after_new_batch, kind.AFTER)
     _register_stream_hooks(hook, kind)
     # Updates by tensor, by broadcast and over RDMA run between begin and end.
-    for update, before in (
-        ("begin_weight_update", _before_begin_weight_update),
-        ("end_weight_update", _before_end_weight_update),
-        ("update_weights_from_disk", _before_weight_update),
-        ("update_weights_from_ipc", _before_weight_update),
-    ):
-        updater = f"{parts}.weight_updater.SchedulerWeightUpdaterManager"
-        hook(f"{updater}.{update}", before, kind.BEFORE)
+    updater = f"{parts}.weight_updater.SchedulerWeightUpdaterManager"
+    hook(f"{updater}.begin_weight_update", _before_begin_weight_update, kind.BEFORE)
+    hook(f"{updater}.end_weight_update", _before_end_weight_update, kind.BEFORE)
+    hook(f"{updater}.update_weights_from_disk", _before_weight_update, kind.BEFORE)
+    hook(f"{updater}.update_weights_from_ipc", _before_weight_update, kind.BEFORE)
 
 
 def _register_stream_hooks(hook: Callable[..., None], kind: Any) -> None:
     """Contexts larger than the device: the places where SGLang asks what fits."""
-    from smg_sglang.engine.attention import backend as attention_backend
+    from smg_sglang.engine.attention import backend
     from smg_sglang.engine.attention.graphs import around_can_run_graph
     from smg_sglang.engine.streams import scheduling as streams
 
-    attention_backend.expand_prefixes()
-    adder = "managers.schedule_policy.PrefillAdder"
+    backend.expand_prefixes()
+    adder, scheduler = "managers.schedule_policy.PrefillAdder", "managers.scheduler.Scheduler"
+    running = f"{adder}._get_running_request_total_token_offset"
+    memory = "managers.schedule_batch.ScheduleBatch.check_decode_mem"
+    info = "managers.tp_worker.TpModelWorker.get_worker_info"
     hook(f"{adder}.add_one_req", streams.around_add_one_req, kind.AROUND)
     hook(f"{adder}.add_chunked_req", streams.around_add_chunked_req, kind.AROUND)
-    hook(
-        f"{adder}._get_running_request_total_token_offset",
-        streams.around_running_offset,
-        kind.AROUND,
-    )
-    hook(
-        "managers.schedule_batch.ScheduleBatch.check_decode_mem",
-        streams.before_check_decode_mem,
-        kind.BEFORE,
-    )
-    hook(
-        "managers.scheduler.Scheduler.init_req_max_new_tokens",
-        streams.around_init_max_new_tokens,
-        kind.AROUND,
-    )
-    hook(
-        "managers.tp_worker.TpModelWorker.get_worker_info",
-        streams.after_get_worker_info,
-        kind.AFTER,
-    )
-    runner = "model_executor.runner"
-    for graphs in (
-        "decode_cuda_graph_runner.DecodeCudaGraphRunner",
-        "prefill_cuda_graph_runner.PrefillCudaGraphRunner",
-    ):
-        hook(f"{runner}.{graphs}.can_run_graph", around_can_run_graph, kind.AROUND)
-
-
-def _register_attention() -> None:
-    from smg_sglang.engine.attention import backend as attention_backend
-
-    attention_backend.register()
+    hook(running, streams.around_running_offset, kind.AROUND)
+    hook(memory, streams.before_check_decode_mem, kind.BEFORE)
+    new_tokens = streams.around_init_max_new_tokens
+    hook(f"{scheduler}.init_req_max_new_tokens", new_tokens, kind.AROUND)
+    hook(info, streams.after_get_worker_info, kind.AFTER)
+    for phase in ("decode", "prefill"):
+        runner = f"{phase}_cuda_graph_runner.{phase.title()}CudaGraphRunner"
+        hook(f"model_executor.runner.{runner}.can_run_graph", around_can_run_graph, kind.AROUND)
 
 
 def _after_add_cli_args(result: Any, parser: Any, *args: Any, **kwargs: Any) -> None:
@@ -161,10 +133,6 @@ def _around_create_cache(original: Callable[..., Any], ctx: Any, **kwargs: Any) 
     cache = original(ctx, **kwargs)
     publication.attach(cache, ctx.server_args)
     return cache
-
-
-def _around_send_output(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return publication.around_send_output(original, *args, **kwargs)
 
 
 def _after_internal_state(result: Any, component: Any, *args: Any) -> None:

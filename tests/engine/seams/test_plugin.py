@@ -174,7 +174,7 @@ def test_a_worker_outside_a_split_sends_each_output_as_it_is(plain):
     publication.attach(object(), plain)
     assert publication.state() == {}
     sender, output, request = SimpleNamespace(socket="socket"), object(), object()
-    sent = plugin._around_send_output(lambda *given: given, sender, output, request)
+    sent = publication.around_send_output(lambda *given: given, sender, output, request)
     assert sent == (sender, output, request)
 
 
