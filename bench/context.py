@@ -21,7 +21,7 @@ from rich.table import Table
 
 from bench.serving import machine
 from bench.serving.client import Answer, Client
-from bench.serving.setting import choose_model, open_console, shown
+from bench.serving.setting import choose_model, open_console, server_parser, shown
 from bench.serving.statistics import compare, spread
 from bench.serving.subjects import start_smg, started
 from bench.serving.workloads import words
@@ -33,19 +33,15 @@ TARGETS = {"prefill": 0.85, "decode": 0.70}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="make bench-context", description=__doc__)
+    out, told = OUT / "context.json", "; the PNG lies beside"
+    parser = server_parser("make bench-context", __doc__, out, told)
     add = parser.add_argument
-    add("--model-path", help="a model folder or hub name (default: the demo model)")
     add("--tokens", type=int, default=7936, help="tokens of a prompt (7936)")
     add("--share", type=int, default=4, help="prompt tokens a token of the small pool (4)")
     add("--answer", type=int, default=64, help="tokens of an answer (64)")
     add("--repeats", type=int, default=4, help="prompts to each server (4)")
     add("--quick", action="store_true", help="2 repeats")
     add("--chunk", type=int, default=1024, help="--chunked-prefill-size of both (1024)")
-    add("--dtype", default="bfloat16", help="of weights and KV (bfloat16)")
-    add("--host-gb", type=float, default=2.0, help="GiB of host memory for pages (2)")
-    add("--server-args", default="", help="more flags for both servers, as one string")
-    add("--out", type=Path, default=OUT / "context.json", help="the JSON file; the PNG lies beside")
     options = parser.parse_args(arguments)
     if options.quick:
         options.repeats = min(options.repeats, 2)

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from bench.serving import machine
 from bench.serving.client import Answer, Client
-from bench.serving.setting import choose_model, open_console, shown
+from bench.serving.setting import choose_model, open_console, server_parser, shown
 from bench.serving.statistics import compare, spread
 from bench.serving.subjects import start_smg, started
 from bench.serving.workloads import words
@@ -36,15 +36,10 @@ LONG_TOKENS, CHUNK = 2048, 512
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="make bench-prefetch", description=__doc__)
+    parser = server_parser("make bench-prefetch", __doc__, OUT / "prefetch.json", "")
     add = parser.add_argument
-    add("--model-path", help="a model folder or hub name (default: the demo model)")
     add("--repeats", type=int, default=8, help="rounds for each server (8)")
     add("--delay-ms", type=float, default=0.0, help="delay of each layer's copy, at most (0)")
-    add("--dtype", default="bfloat16", help="of weights and KV (bfloat16)")
-    add("--host-gb", type=float, default=2.0, help="GiB of host memory for pages (2)")
-    add("--server-args", default="", help="more flags for both servers, as one string")
-    add("--out", type=Path, default=OUT / "prefetch.json", help="the JSON file")
     return parser.parse_args(arguments)
 
 

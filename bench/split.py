@@ -22,7 +22,7 @@ from rich.table import Table
 
 from bench.serving import machine
 from bench.serving.client import Answer, Client
-from bench.serving.setting import choose_model, open_console, shown
+from bench.serving.setting import choose_model, open_console, server_parser, shown
 from bench.serving.subjects import start_smg, started
 from bench.serving.workloads import words
 from tools.sglang_server import SglangServer
@@ -57,22 +57,18 @@ class Turn:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="make bench-split", description=__doc__)
+    out, told = OUT / "split.json", "; the PNG lies beside"
+    parser = server_parser("make bench-split", __doc__, out, told)
     add = parser.add_argument
-    add("--model-path", help="a model folder or hub name (default: the demo model)")
     add("--streams", type=int, default=8, help="chats that stream (8)")
     add("--long-tokens", type=int, default=4000, help="tokens of a long prompt (4000)")
     add("--longs", type=int, default=3, help="long prompts a turn, one after the other (3)")
     add("--pause-s", type=float, default=2.0, help="seconds between them (2)")
     add("--turns", type=int, default=2, help="turns of each server (2)")
-    add("--dtype", default="bfloat16", help="of weights and KV (bfloat16)")
     add("--pool-tokens", type=int, default=16384, help="tokens of each worker's pool (16384)")
-    add("--host-gb", type=float, default=2.0, help="GiB of host memory for pages (2)")
     add("--prefill-workers", type=int, default=1)
     add("--decode-workers", type=int, default=1)
     add("--hand-offs", type=int, default=5, help="hand-offs measured of each length (5)")
-    add("--server-args", default="", help="more flags for both servers, as one string")
-    add("--out", type=Path, default=OUT / "split.json", help="the JSON file; the PNG lies beside")
     options = parser.parse_args(arguments)
     return options
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,25 @@ def open_console(width: int = 120) -> Console:
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     return Console(width=None if sys.stdout.isatty() else width)
+
+
+def server_parser(
+    prog: str, description: str | None, out: Path | None, told: str, host_gb: float = 2.0
+) -> ArgumentParser:
+    """The flags of all benchmarks that start two servers of their own and compare them."""
+    parser = ArgumentParser(prog=prog, description=description)
+    add = parser.add_argument
+    add("--model-path", help="a model folder or hub name (default: the demo model)")
+    add("--dtype", default="bfloat16", help="of weights and KV (bfloat16)")
+    add(
+        "--host-gb",
+        type=float,
+        default=host_gb,
+        help=f"GiB of host memory for pages ({host_gb:g})",
+    )
+    add("--server-args", default="", help="more flags for both servers, as one string")
+    add("--out", type=Path, default=out, help=f"the JSON file{told}")
+    return parser
 
 
 def choose_model(options: Namespace) -> None:
