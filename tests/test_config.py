@@ -78,3 +78,9 @@ def test_a_number_in_the_environment_that_is_none_is_named(monkeypatch):
     monkeypatch.setenv("SMG_HOST_GB", "lots")
     with pytest.raises(ConfigError, match="SMG_HOST_GB must be a number"):
         from_environment()
+
+
+def test_an_empty_variable_is_as_good_as_none(monkeypatch):
+    monkeypatch.setenv("SMG_ENABLE", "1")
+    monkeypatch.setenv("SMG_HOST_GB", "")
+    assert from_environment() == {}

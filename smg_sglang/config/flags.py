@@ -74,7 +74,7 @@ def from_environment() -> dict[str, Any] | None:
     return {
         field: option.read(os.environ[option.variable], option.variable)
         for field, option in OPTIONS.items()
-        if option.variable in os.environ
+        if os.environ.get(option.variable)
     }
 
 
