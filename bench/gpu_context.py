@@ -28,8 +28,8 @@ from bench.serving.setting import choose_model, open_console, shown
 from bench.serving.subjects import started
 from bench.serving.workloads import words
 from bench.transfer import dated
-from tools.random_llama import Recipe
-from tools.random_model import model_without_weights
+from tools.models.dense import Recipe
+from tools.models.recipe import model_without_weights
 from tools.sglang_server import SglangServer
 
 LLAMA_8B = {"layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128}

@@ -26,8 +26,8 @@ def demo_model() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """A random 4-layer Llama with GQA in fp32 and the demo tokenizer; the same on every run."""
-    from tools.random_llama import Recipe
-    from tools.random_model import random_model
+    from tools.models.dense import Recipe
+    from tools.models.recipe import random_model
 
     return random_model(Recipe(dtype="float32"))
 
@@ -35,8 +35,8 @@ def tiny_model() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model_bf16() -> Path:
     """`tiny_model` with its weights rounded to bf16."""
-    from tools.random_llama import Recipe
-    from tools.random_model import random_model
+    from tools.models.dense import Recipe
+    from tools.models.recipe import random_model
 
     return random_model(Recipe(dtype="bfloat16"))
 
@@ -45,8 +45,8 @@ def tiny_model_bf16() -> Path:
 def tiny_mla_bf16() -> Path:
     """A random 4-layer DeepSeek-V2 in bf16, without experts; its heads and latents are as wide as
     DeepSeek's."""
-    from tools.random_deepseek import Recipe
-    from tools.random_model import random_model
+    from tools.models.mla import Recipe
+    from tools.models.recipe import random_model
 
     return random_model(Recipe(dtype="bfloat16"))
 
@@ -54,8 +54,8 @@ def tiny_mla_bf16() -> Path:
 @pytest.fixture(scope="session")
 def tiny_mla() -> Path:
     """A random 4-layer DeepSeek-V2 in fp32 with small latents."""
-    from tools.random_deepseek import Recipe
-    from tools.random_model import random_model
+    from tools.models.mla import Recipe
+    from tools.models.recipe import random_model
 
     return random_model(Recipe(dtype="float32", latent=128, nope=64, value=64))
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from smg_sglang.attention import cpu, decode
+from smg_sglang.attention import cpu, decode, windows
 from smg_sglang.attention.host import HostReader, HostRun
 from smg_sglang.attention.partial import PartialState, merge
 
@@ -35,11 +35,16 @@ class KV(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """How a layer attends: scores are scale * q·k, then cap * tanh(score / cap) where cap > 0."""
+    """How a layer attends: scores are scale * q·k, then cap * tanh(score / cap) where cap > 0.
+
+    window: how many keys before itself a query sees, all where it is None. (Plans for windows hold
+    no keys that no query sees.)
+    """
 
     scale: float
     causal: bool = True
     logit_cap: float = 0.0
+    window: int | None = None
 
 
 @dataclass
@@ -159,6 +164,10 @@ def _attend_one(  # noqa: PLR0917
     host: HostReader | None = None,
 ) -> None:
     mine = slice(request.begin, request.end)
+    if rule.window is not None:
+        state = windows.attend(q[mine], kv.k, kv.v, scale=rule.scale, window=rule.window)
+        out[mine] = state.out
+        return
     new, keys = request.end - request.begin, kv.k.shape[0]
     if rule.causal and request.mask is None and 1 < new < keys and new <= cpu.MASKED_QUERIES:
         request.mask = cpu.causal_mask(new, keys, q.shape[1] // kv.k.shape[1], q.dtype)

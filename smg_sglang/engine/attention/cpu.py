@@ -1,9 +1,10 @@
 """SGLang attention backend for the CPU: attends only the new queries, reads the pool in place.
 
 A drop-in for `torch_native`, which attends every position of a cached prefix again, and copies all
-keys and values of a request for each token that it decodes. What this one does no better (sliding
-windows, cross attention) it leaves to torch_native; what torch_native would silently compute
-without (attention sinks, a logit cap with a window) it refuses.
+keys and values of a request for each token that it decodes, and reads a pool of window layers at
+the slots of the others. What this one does no better (cross attention) it leaves to torch_native;
+what torch_native would silently compute without (attention sinks, a logit cap with a window) it
+refuses.
 
 K and V are asked of the pool once a layer: `get_key_buffer` waits there for the layer's load, so
 no buffer may be kept from one layer to the next.
@@ -12,6 +13,7 @@ no buffer may be kept from one layer to the next.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +38,7 @@ class CpuAttentionBackend(ExtendAndDecode, TorchNativeAttnBackend):
     def __init__(self, model_runner: Any) -> None:
         super().__init__(model_runner)
         self.plan: BatchPlan | None = None
+        self._windowed: dict[tuple[int, bool], BatchPlan] = {}
         decode.warm_up(self.token_to_kv_pool.dtype)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -45,14 +48,10 @@ class CpuAttentionBackend(ExtendAndDecode, TorchNativeAttnBackend):
         if mode.is_target_verify() or mode.is_draft_extend_v2():
             raise ConfigError("--attention-backend smg has no speculative decoding")
         self.plan = None if mode.is_idle() else self._plan(forward_batch)
+        self._windowed.clear()
 
     def _plan(self, forward_batch: ForwardBatch) -> BatchPlan:
-        lengths = forward_batch.seq_lens.tolist()
-        if forward_batch.forward_mode.is_decode():
-            new = [1] * len(lengths)
-        else:
-            new = forward_batch.extend_seq_lens.tolist()
-        rows = forward_batch.req_pool_indices.tolist()
+        rows, lengths, new = _shape_of(forward_batch)
         table = self.req_to_token_pool.req_to_token
         streams = of_batch(forward_batch)
         if not any(stream is not None and stream.resident_from for stream in streams):
@@ -62,6 +61,21 @@ class CpuAttentionBackend(ExtendAndDecode, TorchNativeAttnBackend):
         where = zip(rows, begins, lengths, strict=True)
         slots = [table[row, begin:length] for row, begin, length in where]
         return plan_batch(slots, new, hosts, reader)
+
+    def _plan_window(self, forward_batch: ForwardBatch, layer: RadixAttention) -> BatchPlan:
+        """For layers with this window: of what comes before the new tokens only what it holds."""
+        window, pool = layer.sliding_window_size, self.token_to_kv_pool
+        translated = self.use_sliding_window_kv_pool and pool.layers_mapping[layer.layer_id][1]
+        if (window, translated) not in self._windowed:
+            table = self.req_to_token_pool.req_to_token
+            slots = [
+                table[row, max(0, length - count - window) : length]
+                for row, length, count in zip(*_shape_of(forward_batch), strict=True)
+            ]
+            if translated:
+                slots = [pool.translate_loc_from_full_to_swa(each) for each in slots]
+            self._windowed[window, translated] = plan_batch(slots, _shape_of(forward_batch)[2])
+        return self._windowed[window, translated]
 
     def _forward(  # noqa: PLR0917  # SGLang's signature
         self,
@@ -82,9 +96,8 @@ class CpuAttentionBackend(ExtendAndDecode, TorchNativeAttnBackend):
 
     def _is_stock(self, layer: RadixAttention, forward_batch: ForwardBatch) -> bool:
         """Whether torch_native does this layer."""
-        windowed = layer.sliding_window_size is not None and layer.sliding_window_size > -1
-        stock = windowed or layer.is_cross_attention or forward_batch.encoder_lens is not None
-        if stock and self.plan is not None and self.plan.host is not None:
+        stock = layer.is_cross_attention or forward_batch.encoder_lens is not None
+        if (stock or _has_window(layer)) and self.plan is not None and self.plan.host is not None:
             # `options.refusals` refuses such models at start; wrong text would be worse.
             raise ConfigError(
                 f"layer {layer.layer_id} has a sliding window or cross attention, which cannot "
@@ -102,7 +115,7 @@ class CpuAttentionBackend(ExtendAndDecode, TorchNativeAttnBackend):
         save_kv_cache: bool,
     ) -> torch.Tensor:
         assert self.plan is not None, "init_forward_metadata comes before the layers"
-        pool = self.token_to_kv_pool
+        pool, plan = self.token_to_kv_pool, self.plan
         if save_kv_cache and k is not None and v is not None:
             place = KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc)
             pool.set_kv_buffer(layer, place, k, v)
@@ -111,11 +124,26 @@ class CpuAttentionBackend(ExtendAndDecode, TorchNativeAttnBackend):
         out = q.new_empty(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         causal = layer.attn_type != AttentionType.ENCODER_ONLY
         rule = Rule(layer.scaling, causal, layer.logit_cap)
-        if k is not None and v is not None and _is_all(k, stored.k, self.plan):
-            attend_new(q, KV(k, v), self.plan, rule, out)
+        if _has_window(layer):
+            rule = replace(rule, window=layer.sliding_window_size)
+            plan = self._plan_window(forward_batch, layer)
+        if k is not None and v is not None and _is_all(k, stored.k, plan):
+            attend_new(q, KV(k, v), plan, rule, out)
         else:
-            attend_pool(q, stored, self.plan, rule, out, layer.layer_id)
+            attend_pool(q, stored, plan, rule, out, layer.layer_id)
         return out.view(q.shape[0], -1)
+
+
+def _shape_of(forward_batch: ForwardBatch) -> tuple[list[int], list[int], list[int]]:
+    """Rows of the token table, lengths, and how many of the tokens are new, by request."""
+    lengths = forward_batch.seq_lens.tolist()
+    is_decode = forward_batch.forward_mode.is_decode()
+    new = [1] * len(lengths) if is_decode else forward_batch.extend_seq_lens.tolist()
+    return forward_batch.req_pool_indices.tolist(), lengths, new
+
+
+def _has_window(layer: RadixAttention) -> bool:
+    return layer.sliding_window_size not in (None, -1)
 
 
 def _is_all(k: torch.Tensor, k_pool: torch.Tensor, plan: BatchPlan) -> bool:
@@ -131,7 +159,7 @@ def _is_all(k: torch.Tensor, k_pool: torch.Tensor, plan: BatchPlan) -> bool:
 def _refuse_unknown(layer: RadixAttention, kwargs: dict[str, Any]) -> None:
     """Raise rather than compute without something that the model counts on."""
     asked = asked_in_vain(layer, kwargs)
-    if layer.logit_cap > 0 and layer.sliding_window_size not in (None, -1):
+    if layer.logit_cap > 0 and _has_window(layer):
         asked.append("a logit cap with a sliding window")
     if asked:
         raise ConfigError(

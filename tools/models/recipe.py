@@ -50,6 +50,12 @@ class Recipe:
         """A layer's weights of attention, by name below `self_attn`."""
         raise NotImplementedError
 
+    def mlp(self, layer: int, linear: Linear) -> Tensors:
+        """A layer's weights of what comes after attention, by name below `mlp`."""
+        yield "gate_proj", linear(self.intermediate, self.hidden)
+        yield "up_proj", linear(self.intermediate, self.hidden)
+        yield "down_proj", linear(self.hidden, self.intermediate)
+
     def tensors(self, vocab: int) -> Tensors:
         """Names and float32 values, always drawn in the same order."""
         rng = np.random.default_rng(self.seed)
@@ -66,9 +72,8 @@ class Recipe:
             for name, values in self.attention(linear):
                 yield f"{at}.self_attn.{name}.weight", values
             yield f"{at}.post_attention_layernorm.weight", norm
-            yield f"{at}.mlp.gate_proj.weight", linear(self.intermediate, hidden)
-            yield f"{at}.mlp.up_proj.weight", linear(self.intermediate, hidden)
-            yield f"{at}.mlp.down_proj.weight", linear(hidden, self.intermediate)
+            for name, values in self.mlp(layer, linear):
+                yield f"{at}.mlp.{name}.weight", values
         yield "model.norm.weight", norm
         yield "lm_head.weight", linear(vocab, hidden)
 

@@ -3,7 +3,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.tools.far_end import assert_text_depends_on_the_far_end
-from tools.random_llama import Recipe
+from tools.models.dense import Recipe
 
 
 def test_a_recipe_names_its_folder():

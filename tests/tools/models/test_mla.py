@@ -2,7 +2,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tools.far_end import assert_text_depends_on_the_far_end
-from tools.random_deepseek import Recipe
+from tools.models.mla import Recipe
 
 
 def test_a_recipe_names_its_folder():

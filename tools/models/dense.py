@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from tools import random_model
-from tools.random_model import Linear, Tensors
+from tools.models import recipe
+from tools.models.recipe import Linear, Tensors
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe(random_model.Recipe):
+class Recipe(recipe.Recipe):
     """Attention of keys and values (GQA)."""
 
     FAMILY: ClassVar[str] = "llama"

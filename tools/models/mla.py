@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tools import random_model
-from tools.random_model import Linear, Tensors
+from tools.models import recipe
+from tools.models.recipe import Linear, Tensors
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe(random_model.Recipe):
+class Recipe(recipe.Recipe):
     """The widths of its heads and latents are DeepSeek's own, for which kernels are made."""
 
     FAMILY: ClassVar[str] = "deepseek"
@@ -60,7 +60,7 @@ class Recipe(random_model.Recipe):
         }
 
     def attention(self, linear: Linear) -> Tensors:
-        """As sharp as `random_llama`'s."""
+        """As sharp as `dense`'s."""
         yield "q_proj", linear(self.heads * (self.nope + self.rope), self.hidden, gain=1.5)
         latent = linear(self.latent + self.rope, self.hidden, gain=1.5)
         yield "kv_a_proj_with_mqa", latent
