@@ -27,26 +27,29 @@ class PageSizeRefused(SmgError):
 
 @dataclass(slots=True)
 class _Pin:
-    """A pinned path in a tree of `space`; `node` is None for the empty path."""
+    """Pinned paths in a tree of `space`: one, none for the empty path, or many single pages."""
 
     space: Space
     tree: RadixTree
-    node: Node | None
+    nodes: tuple[Node, ...]
 
     def end(self) -> None:
-        if self.node is not None:
-            self.tree.unpin(self.node)
+        for node in self.nodes:
+            self.tree.unpin(node)
+        if self.nodes:
             self.space.sweep(self.tree)
 
 
 @dataclass(slots=True)
 class _Writing:
-    """A reservation: `pages` for path[have:], whose parents are pinned."""
+    """A reservation: `pages` for path[have:], whose parents are pinned; or, `single`, each for a
+    path of one key."""
 
     parents: _Pin
     path: bytes
     have: int
     pages: np.ndarray
+    single: bool = False
 
 
 @dataclass(slots=True)
@@ -58,6 +61,9 @@ class _Connection:
 
 class Books:
     """Pages are FREE, WRITING (in one reservation) or READY (in one tree); see `slabs`.
+
+    Most namespaces are trees of prefixes. Where only the end of a prefix has pages (windows), the
+    paths are one key long: `lookup_last` and `reserve_each` treat the keys one by one.
 
     Connections are named by bytes of the caller's choice; leases and reservations by the
     connection and an id that the client chose. One thread at a time; nothing here blocks.
@@ -140,11 +146,34 @@ class Books:
         node = space.tree.touch(match) if match.length else None
         pages = match.pages[start:]
         if len(pages):
-            connection.leases[lease] = _pin(space, node)
-            space.leases += 1
-            space.counters.hits += 1
-            space.counters.hit_pages += len(pages)
+            self._lease(connection, lease, _pin(space, node), len(pages))
         return pages
+
+    def lookup_last(
+        self, name: bytes, lease: int, path: bytes, window: int
+    ) -> tuple[int, np.ndarray]:
+        """(n, pages): the longest path[:n] whose last `window` keys (all, where it has fewer) have
+        pages here, single ones; these are pinned and counted as used. (0, none): a miss."""
+        connection = self._connections[name]
+        space = connection.space
+        _check_new(connection.leases, lease)
+        keys = _keys(path)
+        length = _last_complete([space.tree.begins(key) for key in keys], window)
+        space.counters.lookups += 1
+        matches = [space.tree.match(key) for key in keys[max(0, length - window) : length]]
+        if not matches:
+            return 0, np.empty(0, np.int64)
+        nodes = tuple(space.tree.touch(match) for match in matches)
+        for node in nodes:
+            space.tree.pin(node)
+        self._lease(connection, lease, _Pin(space, space.tree, nodes), len(nodes))
+        return length, np.concatenate([match.pages for match in matches])
+
+    def _lease(self, connection: _Connection, lease: int, pin: _Pin, pages: int) -> None:
+        connection.leases[lease] = pin
+        pin.space.leases += 1
+        pin.space.counters.hits += 1
+        pin.space.counters.hit_pages += pages
 
     def release(self, name: bytes, lease: int) -> None:
         """Unpin; unknown leases (a miss whose reply came late) are ignored."""
@@ -171,20 +200,49 @@ class Books:
         match = space.tree.match(path)
         # Who writes has been counted as a use when it looked for the path.
         parents = _pin(space, space.tree.renew(match) if match.length else None)
-        wanted = len(path) // KEY_BYTES - match.length
+        pages = self._take(space, len(path) // KEY_BYTES - match.length)
+        end = (match.length + len(pages)) * KEY_BYTES
+        writing = _Writing(parents, path[:end], match.length, pages)
+        self._begin_reservation(connection, reservation, writing)
+        return match.length, pages
+
+    def reserve_each(
+        self, name: bytes, reservation: int, path: bytes
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(lacking, pages): the numbers of the keys of `path` that have no page here, and pages
+        (int64, WRITING now) for the first of them: fewer when memory is full. No pages: nothing is
+        reserved."""
+        connection = self._connections[name]
+        space = connection.space
+        _check_new(connection.reservations, reservation)
+        keys = _keys(path)
+        for key in keys:
+            if space.tree.begins(key):
+                space.tree.renew(space.tree.match(key))
+        lacking = [i for i, key in enumerate(keys) if not space.tree.begins(key)]
+        pages = self._take(space, len(lacking))
+        # Making room may have taken others of them, which the next time are written again.
+        mine = b"".join(keys[i] for i in lacking[: len(pages)])
+        nobody = _Pin(space, space.tree, ())
+        self._begin_reservation(connection, reservation, _Writing(nobody, mine, 0, pages, True))
+        return np.array(lacking, np.int64), pages
+
+    def _take(self, space: Space, wanted: int) -> np.ndarray:
         pages = make_room(space, wanted, list(self._spaces.values()), self._pool)
         space.counters.reservations += 1
         space.counters.pages_reserved += len(pages)
         space.counters.pages_short += wanted - len(pages)
-        if len(pages):
-            end = (match.length + len(pages)) * KEY_BYTES
-            writing = _Writing(parents, path[:end], match.length, pages)
-            connection.reservations[reservation] = writing
-            space.reservations += 1
-            space.num_writing += len(pages)
-        else:
-            parents.end()
-        return match.length, pages
+        return pages
+
+    def _begin_reservation(
+        self, connection: _Connection, reservation: int, writing: _Writing
+    ) -> None:
+        if not len(writing.pages):
+            writing.parents.end()
+            return
+        connection.reservations[reservation] = writing
+        connection.space.reservations += 1
+        connection.space.num_writing += len(writing.pages)
 
     def publish(self, name: bytes, reservation: int) -> None:
         """The pages are written: WRITING -> READY. Unknown reservations are ignored."""
@@ -196,7 +254,11 @@ class Books:
             self._drop(connection, reservation, "flushed")
             return
         self._end_reservation(connection, reservation)
-        connection.space.publish(writing.path, writing.pages, writing.have)
+        if writing.single:
+            for i, key in enumerate(_keys(writing.path)):
+                connection.space.publish(key, writing.pages[i : i + 1], 0)
+        else:
+            connection.space.publish(writing.path, writing.pages, writing.have)
         writing.parents.end()
 
     def abandon(self, name: bytes, reservation: int) -> None:
@@ -288,13 +350,29 @@ class Books:
                 held = [p for c in mine for p in c.leases.values() if p.tree is tree]
                 held += [w.parents for w in writings if w.parents.tree is tree]
                 pins = sum(node.pins for node in tree.nodes())
-                assert pins == sum(pin.node is not None for pin in held), "a pin leaked"
+                assert pins == sum(len(pin.nodes) for pin in held), "a pin leaked"
 
 
 def _pin(space: Space, node: Node | None) -> _Pin:
     if node is not None:
         space.tree.pin(node)
-    return _Pin(space, space.tree, node)
+    return _Pin(space, space.tree, () if node is None else (node,))
+
+
+def _keys(path: bytes) -> list[bytes]:
+    if len(path) % KEY_BYTES:
+        raise ValueError(f"a path is keys of {KEY_BYTES} bytes, got {len(path)} bytes")
+    return [path[at : at + KEY_BYTES] for at in range(0, len(path), KEY_BYTES)]
+
+
+def _last_complete(here: list[bool], window: int) -> int:
+    """The largest n so that the last `window` (all, where there are fewer) of the first n are."""
+    run = length = 0
+    for n, is_here in enumerate(here, 1):
+        run = run + 1 if is_here else 0
+        if run >= min(window, n):
+            length = n
+    return length
 
 
 def _check_new(held: dict[int, _Pin] | dict[int, _Writing], id_: int) -> None:

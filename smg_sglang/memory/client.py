@@ -61,6 +61,15 @@ class Reservation(_Pages):
         return self.start
 
 
+@dataclass(frozen=True, eq=False)
+class Places(_Pages):
+    """As `Reservation`, of single pages: `pages` are for the keys number `which`, int64[n]; for
+    `short` others memory has no room."""
+
+    which: np.ndarray
+    short: int
+
+
 class MemoryConnection:
     """A connection to one instance of the memory server; never comes back once it died.
 
@@ -153,6 +162,21 @@ class MemoryConnection:
             return None
         return Lease(id_, start, pages, *self._memory)
 
+    def lookup_last(self, path: bytes, window: int, timeout_s: float) -> Lease | None:
+        """Of single pages: lease the last `window` (all, where it has fewer) of the longest prefix
+        of `path` whose last ones are here; None where there is none. `start` is the first's."""
+        id_ = self._channel.next_id()
+        try:
+            reply = self._channel.ask(protocol.LookupLast(id_, path, window), timeout_s)
+        except MemoryUnavailable:
+            self._channel.tell(protocol.Release(id_))
+            raise
+        last = _expect(reply, protocol.Last)
+        pages = protocol.unpack_pages(last.pages)
+        if not len(pages):
+            return None
+        return Lease(id_, last.length - len(pages), pages, *self._memory)
+
     def release(self, lease: Lease) -> None:
         """End a lease. One-way; a lease of another connection is ignored (it ended with it)."""
         if lease._channel is self._channel:
@@ -175,12 +199,25 @@ class MemoryConnection:
         pages = protocol.unpack_pages(reserved.pages)
         return Reservation(id_, reserved.have, pages, *self._memory)
 
-    def publish(self, reservation: Reservation) -> None:
+    def reserve_each(self, path: bytes, timeout_s: float) -> Places:
+        """Of single pages: reserve those of `path` that memory lacks; perhaps fewer."""
+        id_ = self._channel.next_id()
+        try:
+            reply = self._channel.ask(protocol.ReserveEach(id_, path), timeout_s)
+        except MemoryUnavailable:
+            self._channel.tell(protocol.Abandon(id_))
+            raise
+        places = _expect(reply, protocol.Places)
+        lacking, pages = map(protocol.unpack_pages, (places.lacking, places.pages))
+        which, short = lacking[: len(pages)], len(lacking) - len(pages)
+        return Places(id_, 0, pages, *self._memory, which, short)
+
+    def publish(self, reservation: Reservation | Places) -> None:
         """The pages are written: readable by all from now on. One-way."""
         if reservation._channel is self._channel and len(reservation.pages):
             self._channel.tell(protocol.Publish(reservation.id))
 
-    def abandon(self, reservation: Reservation) -> None:
+    def abandon(self, reservation: Reservation | Places) -> None:
         """Give the pages back unwritten. One-way."""
         if reservation._channel is self._channel and len(reservation.pages):
             self._channel.tell(protocol.Abandon(reservation.id))

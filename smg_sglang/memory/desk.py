@@ -19,21 +19,30 @@ class Desk:
         match message:
             case protocol.Ping(id_):
                 return protocol.Ok(id_)
-            case protocol.Lookup(id_, path, start):
-                pages = self._books.lookup(client, id_, path, start)
-                return protocol.Leased(id_, protocol.pack_pages(pages))
-            case protocol.Reserve(id_, path):
-                have, pages = self._books.reserve(client, id_, path)
-                return protocol.Reserved(id_, have, protocol.pack_pages(pages))
             case protocol.Flush(id_):
                 self._books.flush(client)
                 return protocol.Ok(id_)
             case protocol.GetStats(id_):
                 return protocol.StatsReply(id_, self._stats())
-        self._note(client, message)
+        return self._give_pages(client, message) or self._note(client, message)
+
+    def _give_pages(self, client: bytes, message: protocol.Message) -> protocol.Reply | None:
+        books, pack = self._books, protocol.pack_pages
+        match message:
+            case protocol.Lookup(id_, path, start):
+                return protocol.Leased(id_, pack(books.lookup(client, id_, path, start)))
+            case protocol.Reserve(id_, path):
+                have, pages = books.reserve(client, id_, path)
+                return protocol.Reserved(id_, have, pack(pages))
+            case protocol.LookupLast(id_, path, window):
+                length, pages = books.lookup_last(client, id_, path, window)
+                return protocol.Last(id_, length, pack(pages))
+            case protocol.ReserveEach(id_, path):
+                lacking, pages = books.reserve_each(client, id_, path)
+                return protocol.Places(id_, pack(lacking), pack(pages))
         return None
 
-    def _note(self, client: bytes, notice: protocol.Message) -> None:
+    def _note(self, client: bytes, notice: protocol.Message) -> protocol.Reply | None:
         match notice:
             case protocol.Release(lease):
                 self._books.release(client, lease)
@@ -43,3 +52,4 @@ class Desk:
                 self._books.publish(client, reservation)
             case protocol.Abandon(reservation):
                 self._books.abandon(client, reservation)
+        return None

@@ -20,7 +20,7 @@ from smg_sglang.memory.namespace import Namespace
 from smg_sglang.memory.stats import Stats
 
 #: Raised whenever an old client and a new server would misunderstand each other.
-VERSION = 1
+VERSION = 2
 #: Longest message the server reads: a path of four million page keys.
 MAX_MESSAGE_BYTES = 64 << 20
 
@@ -70,6 +70,19 @@ class Reserve(_Numbered, frozen=True):
     path: bytes
 
 
+class LookupLast(_Numbered, frozen=True):
+    """Of single pages: lease the last `window` of the longest prefix of `path` that has them."""
+
+    path: bytes
+    window: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class ReserveEach(_Numbered, frozen=True):
+    """Of single pages: pages to write those of `path` that are not yet in memory."""
+
+    path: bytes
+
+
 class Flush(_Numbered, frozen=True):
     """Forget all pages of the namespace; leased ones live until they are released."""
 
@@ -115,6 +128,21 @@ class Reserved(_Numbered, frozen=True):
     pages: bytes
 
 
+class Last(_Numbered, frozen=True):
+    """`pages` (int64, little-endian) of path[length - n:length]; 0: a miss, nothing leased."""
+
+    length: int
+    pages: bytes
+
+
+class Places(_Numbered, frozen=True):
+    """Which keys of the path are `lacking`, and `pages` to write the first of them, both int64,
+    little-endian."""
+
+    lacking: bytes
+    pages: bytes
+
+
 class Ok(_Numbered, frozen=True):
     """Done."""
 
@@ -131,10 +159,10 @@ class Refused(_Numbered, frozen=True):
     reason: str
 
 
-Question: TypeAlias = Ping | Lookup | Reserve | Flush | GetStats
+Question: TypeAlias = Ping | Lookup | Reserve | LookupLast | ReserveEach | Flush | GetStats
 Notice: TypeAlias = Release | Touch | Publish | Abandon
 Message: TypeAlias = Question | Notice
-Reply: TypeAlias = Leased | Reserved | Ok | StatsReply | Refused
+Reply: TypeAlias = Leased | Reserved | Last | Places | Ok | StatsReply | Refused
 
 encode = msgspec.msgpack.Encoder().encode
 decode_message = msgspec.msgpack.Decoder(Message).decode

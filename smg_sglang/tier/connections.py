@@ -12,6 +12,9 @@ from smg_sglang.memory.client import Lease, MemoryConnection
 from smg_sglang.memory.link import MemoryLink
 from smg_sglang.memory.namespace import Namespace
 
+#: Waits of the spill thread and of metrics, where no request is waiting.
+BACKGROUND_TIMEOUT_S = 2.0
+
 
 def _keep_silent(level: int, text: str) -> None:
     """The other link of the pair says it."""
@@ -37,12 +40,18 @@ class Connections:
     theirs.
     """
 
-    def __init__(self, address: str, namespace: Namespace, timeout_s: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        namespace: Namespace,
+        timeout_s: float,
+        mappings: ArenaMappings | None = None,
+    ) -> None:
         self.address = address
         self.namespace = namespace
         self._timeout_s = timeout_s
-        self._mappings = ArenaMappings()
-        self._pair = _Pair(address, namespace, self._mappings)
+        self.mappings = mappings or ArenaMappings()
+        self._pair = _Pair(address, namespace, self.mappings)
         self._retired: list[_Pair] = []
         self._private = False
         self._flush_owed = False
@@ -90,7 +99,7 @@ class Connections:
             self.flush()
         self.namespace = msgspec.structs.replace(self.namespace, model=uuid.uuid4().hex)
         self._retired.append(self._pair)
-        self._pair = _Pair(self.address, self.namespace, self._mappings)
+        self._pair = _Pair(self.address, self.namespace, self.mappings)
         self._private, self._flush_owed = True, False
 
     def close_retired(self) -> None:

@@ -8,11 +8,12 @@ server: what it cannot give is a miss.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import msgspec
+import torch
 
 from smg_sglang.config import MAX_WAITING_SHARE, SmgConfig
 from smg_sglang.errors import MemoryUnavailable
@@ -20,18 +21,22 @@ from smg_sglang.memory.arena import Arena
 from smg_sglang.memory.client import Lease, MemoryConnection
 from smg_sglang.memory.namespace import Namespace
 from smg_sglang.metrics import Reading, TierCounters
-from smg_sglang.tier.connections import Connections
+from smg_sglang.tier.connections import BACKGROUND_TIMEOUT_S, Connections
 from smg_sglang.tier.found import MAX_HELD, FoundLeases
 from smg_sglang.tier.host_pages import HostPages
-from smg_sglang.tier.load_backs import LoadBacks
+from smg_sglang.tier.load_backs import LoadBacks, Part
 from smg_sglang.tier.lookups import Lookups
-from smg_sglang.tier.spills import BACKGROUND_TIMEOUT_S, Spills
+from smg_sglang.tier.spills import Spills
+from smg_sglang.tier.trail import Trail
+from smg_sglang.tier.windows import WindowLayers
 from smg_sglang.transfer.copy_rates import measure_copies
+from smg_sglang.transfer.joint import JointMover
 from smg_sglang.transfer.layer_loads import LayerLoads
-from smg_sglang.transfer.layout import DevicePool
-from smg_sglang.transfer.mover import BeforeCopy
+from smg_sglang.transfer.layout import DevicePool, PageLayout
+from smg_sglang.transfer.mover import BeforeCopy, Mover
 from smg_sglang.transfer.movers import make_mover
 from smg_sglang.transfer.pinning import ArenaPins
+from smg_sglang.tree.page_keys import KEY_BYTES
 
 
 class HostTier:
@@ -54,12 +59,16 @@ class HostTier:
         namespace: Namespace,
         pool: DevicePool,
         *,
+        layers: Sequence[int] = (),
+        windows: Sequence[WindowLayers] = (),
         forward_streams: Sequence[object] = (),
         before_copy: BeforeCopy | None = None,
     ) -> None:
         """
         Args:
             address: directory of the memory server's sockets.
+            layers: the model's numbers of the pool's layers, where others have a pool of their own:
+                `windows`.
             forward_streams: CUDA streams whose work loads must come after.
             before_copy: test hook, called before each copy.
         """
@@ -71,25 +80,51 @@ class HostTier:
         self._arena: Arena | None = None
         self._host_pages = 0
         self.connections = Connections(address, namespace, self._timeout_s)
-        self.release = self.connections.release
+        self.trails: list[Trail] = []
         # Memory can be page-locked once only, and the streams' ring copies the same arenas.
         self.pins = ArenaPins()
         # Before the first request, when nothing else is copied.
         self._copies = measure_copies(pool) if pool.device.type == "cuda" else None
-        self._make_parts(
-            partial(make_mover, pool, order_after=forward_streams, pins=self.pins),
-            pool_pages=pool.num_slots // pool.layout.page_size,
-        )
+        mover = partial(make_mover, order_after=forward_streams, pins=self.pins)
+        self._mover = mover(pool)
+        self._make_trails(mover, windows)
+        movers = [self._mover, *(trail.mover for trail in self.trails)]
+        numbers = [layers, *(window.layers for window in windows)]
+        self._make_parts(JointMover(movers, numbers) if windows else self._mover)
+        self.ahead: LayerLoads | None = None
+        if config.prefetch:
+            # A mover is one loading thread's; the loads that a forward waits for have the first.
+            self._ahead_mover = mover(pool)
+            self.ahead = LayerLoads(self._ahead_mover, before_copy, paced=True)
 
-    def _make_parts(self, mover: Any, pool_pages: int) -> None:
+    def _make_trails(self, mover: Any, windows: Sequence[WindowLayers]) -> None:
+        full = self.connections.namespace
+        for number, window in enumerate(windows, 1):
+            layout = window.pool.layout
+            mine = msgspec.structs.replace(
+                full, layout=f"window:{layout.describe()}", page_bytes=layout.page_bytes
+            )
+            trail = Trail(
+                mover(window.pool, beside=self._mover),
+                mine,
+                self.connections.address,
+                self.connections.mappings,
+                pool=number,
+                window=window.pages,
+                timeout_s=self._timeout_s,
+                before_copy=self.before_copy,
+            )
+            self.trails.append(trail)
+
+    def _make_parts(self, loader: Mover) -> None:
         one_rank, before_copy = self._ranks == 1, self.before_copy
-        self._mover = mover()
+        pool_pages = self._mover.pool.num_slots // self.layout.page_size
         self._found: FoundLeases[Lease] = FoundLeases(
             self.release, MAX_HELD if one_rank else 1 << 30
         )
         self.lookups = Lookups(self._connection, self._found, self.counters, self._timeout_s)
         self.load_backs = LoadBacks(
-            LayerLoads(self._mover, before_copy),
+            LayerLoads(loader, before_copy),
             self._found,
             self.release,
             self.counters,
@@ -110,13 +145,45 @@ class HostTier:
             self.connections.background,
             self.counters,
             max_waiting_pages=max(1, int(pool_pages * MAX_WAITING_SHARE)),
+            trails=self.trails,
             before_copy=before_copy,
         )
-        self.ahead: LayerLoads | None = None
-        if self.config.prefetch:
-            # A mover is one loading thread's; the loads that a forward waits for have the first.
-            self._ahead_mover = mover()
-            self.ahead = LayerLoads(self._ahead_mover, before_copy, paced=True)
+
+    def release(self, lease: Lease) -> None:
+        """End a lease that the caller holds, whichever layers' it is."""
+        for connections in self._all_connections:
+            connections.release(lease)
+
+    @property
+    def _all_connections(self) -> list[Connections]:
+        return [self.connections, *(trail.connections for trail in self.trails)]
+
+    def fitting(self, rid: str, tail: bytes, pages: int) -> int:
+        """How many pages a hit may have, at most `pages` of a path's tail that the other layers
+        have: as far as all layers with windows have their end of it. Leased for `rid`."""
+        while pages:
+            path = tail[: pages * KEY_BYTES]
+            least = min((trail.find(rid, path) for trail in self.trails), default=pages)
+            if least == pages:
+                break
+            pages = least
+        return pages
+
+    def load(self, rid: str, slots: torch.Tensor, ends: Mapping[int, torch.Tensor]) -> bool:
+        """Queue the load of what was found; False where it must be computed.
+
+        Args:
+            slots, ends: device slots of the first pages found, and by pool those of the layers
+                with windows, of the last of these.
+        """
+        parts = [Part(trail.found.take(rid), ends[trail.pool], trail.pool) for trail in self.trails]
+        return self.load_backs.load(rid, slots, parts)
+
+    def forget(self, rid: str) -> None:
+        """The request needs nothing of what was found for it; idempotent."""
+        self.lookups.forget(rid)
+        for trail in self.trails:
+            trail.found.forget(rid)
 
     def _connection(self) -> MemoryConnection | None:
         """The scheduler's connection, or None while the server is away, slow, or owes a flush."""
@@ -130,7 +197,7 @@ class HostTier:
         if arena is self._arena:
             return
         if self._arena is not None:
-            copies = self.load_backs.num_leases or self.spills.queue.waiting_slots
+            copies = self.load_backs.num_leases or self.spills.waiting_slots
             if copies or self.pages.num_held:
                 return
             if self.ahead is not None and self.ahead.counter.events:
@@ -146,9 +213,10 @@ class HostTier:
         Where the server does not answer, nothing is looked up until it has been told.
         """
         self._quiesce()
-        while self.spills.queue.num_completed():
-            self.spills.queue.pop_completed()
-        self.connections.flush()
+        while self.spills.num_completed():
+            self.spills.pop_completed()
+        for connections in self._all_connections:
+            connections.flush()
 
     def weights_changed(self) -> None:
         """From now on pages are another model's: nobody else has computed them.
@@ -157,17 +225,21 @@ class HostTier:
         read of the former weights stays theirs until they end.
         """
         self._quiesce()
-        self.connections.weights_changed()
+        for connections in self._all_connections:
+            connections.weights_changed()
         self._close_retired()
 
     def _quiesce(self) -> None:
         self._found.clear()
+        for trail in self.trails:
+            trail.found.clear()
         self.load_backs.finish_all()
-        self.spills.queue.drain()
+        self.spills.drain()
 
     def _close_retired(self) -> None:
         if not self.pages.num_held:
-            self.connections.close_retired()
+            for connections in self._all_connections:
+                connections.close_retired()
 
     def host_tokens(self) -> int:
         """Tokens whose KV, of all ranks, host memory can hold if it held nothing else."""
@@ -187,8 +259,11 @@ class HostTier:
             self.ahead.close()
             self._ahead_mover.close()
         self.spills.queue.close()
+        for trail in self.trails:
+            trail.close()
         self.connections.close()
-        self._mover.close()
+        for mover in (self._mover, *(trail.mover for trail in self.trails)):
+            mover.close()
         self.pins.close()
 
     # ---- to be seen ----
@@ -203,11 +278,32 @@ class HostTier:
             "memory_connected": connection is not None,
             "memory": self._memory_state(connection),
             "copies": None if self._copies is None else self._copies.state(),
-            "leases_held": self._found.num_leases + self.load_backs.num_leases,
-            "spills_waiting": self.spills.queue.waiting_slots,
+            "leases_held": self._num_leases,
+            "spills_waiting": self.spills.waiting_slots,
+            "layers": self._layer_kinds(),
             **self.counters.snapshot(),
             "dropped_pages": dict(self.spills.dropped_pages()),
         }
+
+    @property
+    def _num_leases(self) -> int:
+        found = [self._found, *(trail.found for trail in self.trails)]
+        return sum(each.num_leases for each in found) + self.load_backs.num_leases
+
+    def _layer_kinds(self) -> dict[str, Any]:
+        """By kind: how many layers, and the bytes of host memory that a token of theirs takes."""
+        page = self.layout.page_size
+        kinds: dict[str, Any] = {}
+        for kind, layout in self._kinds():
+            kinds[kind] = {
+                "layers": layout.num_layers, "bytes_a_token": layout.page_bytes // page
+            }  # fmt: skip
+        for trail in self.trails:
+            kinds["window"]["window_tokens"] = trail.window * page
+        return kinds
+
+    def _kinds(self) -> list[tuple[str, PageLayout]]:
+        return [("full", self.layout), *(("window", t.mover.layout) for t in self.trails)]
 
     def _memory_state(self, connection: MemoryConnection | None) -> dict[str, Any] | None:
         if connection is None:
@@ -222,7 +318,8 @@ class HostTier:
     def read_metrics(self) -> Reading:
         """Current values of the `smg:` series. Metrics thread; asks the memory server."""
         # Copies on the spill thread, and on the scheduler's: each counts its own.
-        spills = (self.spills.queue.counters, self.pages.counters)
+        spills = [self.spills.queue.counters, self.pages.counters]
+        spills += [trail.spills.counters for trail in self.trails]
         loading = (self.load_backs.loads, self.ahead)
         loads = [each.counters for each in loading if each is not None]
         reading: dict[str, Any] = {

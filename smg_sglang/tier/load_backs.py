@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -11,8 +12,19 @@ from smg_sglang.memory.client import Lease
 from smg_sglang.metrics import TierCounters
 from smg_sglang.tier.found import FoundLeases
 from smg_sglang.transfer.layer_loads import LayerLoads
+from smg_sglang.transfer.mover import PageMove
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one pool needs for a hit: device slots, int64 [n * page_size], and a lease on the host
+    pages for them; None where there are none."""
+
+    lease: Lease | None
+    slots: torch.Tensor
+    pool: int = 0
 
 
 class LoadBacks:
@@ -39,59 +51,70 @@ class LoadBacks:
         self._counters = counters
         self._page_size = page_size
         self._one_rank = one_rank
-        self._queued: dict[str, Lease] = {}
+        self._queued: dict[str, list[Lease]] = {}
         self._started: dict[int, list[Lease]] = {}
 
-    def load(self, rid: str, slots: torch.Tensor) -> bool:
+    def load(self, rid: str, slots: torch.Tensor, ends: Sequence[Part] = ()) -> bool:
         """Queue the load of the first pages found for `rid`; False where it must be computed.
 
         Args:
             slots: int64 [n * page_size] device slots, owned by the request until `finish`.
+            ends: what layers with windows need of the end of it.
         """
-        lease = self._found.take(rid)
-        if lease is None:
+        parts = [Part(self._found.take(rid), slots), *ends]
+        leases = [part.lease for part in parts if part.lease is not None]
+        if not all(self._is_there(part) for part in parts):
+            self._release_all(leases)
             return False
-        pages = slots.numel() // self._page_size
-        # With several ranks all must decide alike. The mapping outlives the server, so that the
-        # bytes are right in either case; alone, we take the cautious way.
-        if len(lease.pages) < pages or (self._one_rank and not lease.held):
-            self._release(lease)
-            return False
-        offsets = lease.offsets[:pages]
         try:
-            self.loads.queue(rid, slots, lease.arena.buffer, offsets, keep_alive=lease)
+            self.loads.queue_moves(rid, [self._move(part) for part in parts], leases)
         except ValueError:
             # Nothing of ours may end the scheduler; two requests of one id would come here.
             logger.exception("smg: a load was refused")
             if self._one_rank or rid in self._queued:
-                self._release(lease)
+                self._release_all(leases)
                 return False
             # The others load: that it has failed is agreed on when they have.
-            self.loads.queue_failed(rid, keep_alive=lease)
-        self._queued[rid] = lease
-        self._counters.hit_tokens["host"] += pages * self._page_size
+            self.loads.queue_failed(rid, keep_alive=leases)
+        self._queued[rid] = leases
+        self._counters.hit_tokens["host"] += slots.numel()
         return True
+
+    def _is_there(self, part: Part) -> bool:
+        """With several ranks all must decide alike. The mapping outlives the server, so that the
+        bytes are right in either case; alone, we take the cautious way."""
+        if part.lease is None or len(part.lease.pages) * self._page_size < part.slots.numel():
+            return False
+        return part.lease.held or not self._one_rank
+
+    def _move(self, part: Part) -> PageMove:
+        assert part.lease is not None
+        offsets = part.lease.offsets[: part.slots.numel() // self._page_size]
+        return self.loads.mover.prepare_in(part.pool, part.slots, part.lease.arena.buffer, offsets)
+
+    def _release_all(self, leases: Iterable[Lease]) -> None:
+        for lease in leases:
+            self._release(lease)
 
     def cancel(self, rid: str) -> bool:
         """Take back a load that has not started; False where there is none."""
         if not self.loads.cancel(rid):
             return False
-        self._release(self._queued.pop(rid))
+        self._release_all(self._queued.pop(rid))
         return True
 
     def start(self) -> int:
         """Start what is queued, as one batch; its index for the layer counter, or -1."""
         index = self.loads.start()
         if index >= 0:
-            self._started[index] = list(self._queued.values())
+            self._started[index] = [lease for leases in self._queued.values() for lease in leases]
             self._queued.clear()
         return index
 
     def finish(self, index: int) -> bool:
         """Wait until a batch has stopped writing to the device; True when all of it landed."""
         landed = self.loads.finish(index)
-        for lease in self._started.pop(index, []):
-            self._release(lease)
+        self._release_all(self._started.pop(index, ()))
         return landed
 
     def finish_all(self) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +14,14 @@ import torch
 from smg_sglang.errors import MemoryUnavailable
 from smg_sglang.memory.client import MemoryConnection, Reservation
 from smg_sglang.metrics import TierCounters
+from smg_sglang.tier.connections import BACKGROUND_TIMEOUT_S
 from smg_sglang.tier.host_pages import CopyFailed, HostPages
+from smg_sglang.tier.trail import Trail
 from smg_sglang.transfer.mover import BeforeCopy, Mover
 from smg_sglang.transfer.spills import Event, SpillQueue, SpillTarget
 from smg_sglang.tree.page_keys import KEY_BYTES
 
-#: Waits of the spill thread and of metrics, where no request is waiting.
-BACKGROUND_TIMEOUT_S = 2.0
+Ends = Mapping[int, tuple[bytes, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,16 @@ class Spills:
         counters: TierCounters,
         *,
         max_waiting_pages: int,
+        trails: Sequence[Trail] = (),
         before_copy: BeforeCopy | None = None,
     ) -> None:
         """
         Args:
             background: the connection of the spill thread.
             max_waiting_pages: whose slots may be locked until they are copied.
+            trails: layers with windows, whose pages go with those of the others.
         """
+        self._trails = trails
         self._pages = pages
         self._background = background
         self._counters = counters
@@ -60,10 +66,14 @@ class Spills:
         )
 
     def submit(
-        self, path: bytes, slots: torch.Tensor, own_slots: int, ready: Sequence[Event] = ()
+        self,
+        path: bytes,
+        slots: torch.Tensor,
+        own_slots: int,
+        ready: Sequence[Event] = (),
+        ends: Ends = MappingProxyType({}),
     ) -> None:
-        """Copy in the background what host memory lacks of `path`. Each call completes, in order
-        (`queue.pop_completed`).
+        """Copy in the background what host memory lacks of `path`. Each call completes, in order.
 
         Args:
             path: page keys from the root.
@@ -71,8 +81,32 @@ class Spills:
                 the completion is popped.
             own_slots: how many of them are not on the path of an earlier spill.
             ready: device events after which the slots hold the KV.
+            ends: by pool, what layers with windows have: page keys, and their slots.
         """
         self.queue.submit(path, slots, ready, new_slots=own_slots)
+        for trail in self._trails:
+            trail.spills.submit(*ends.get(trail.pool, (b"", slots[:0])), ready)
+
+    def num_completed(self) -> int:
+        """Calls that have ended and were not popped."""
+        return min(queue.num_completed() for queue in self._queues)
+
+    def pop_completed(self) -> bool:
+        """The oldest completion: True when host memory has all of its pages."""
+        return all([queue.pop_completed() for queue in self._queues])
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Wait, for each pool so long at most, until what was submitted has ended. Any thread."""
+        return all([queue.drain(timeout_s) for queue in self._queues])
+
+    @property
+    def waiting_slots(self) -> int:
+        """Slots that are locked until they are copied."""
+        return sum(queue.waiting_slots for queue in self._queues)
+
+    @property
+    def _queues(self) -> list[SpillQueue[bytes, Any]]:
+        return [self.queue, *(trail.spills for trail in self._trails)]
 
     def spill_now(self, path: bytes, slots: torch.Tensor) -> bool:
         """Copy what host memory lacks of `path` before returning (write-back: the slots are next
@@ -88,7 +122,8 @@ class Spills:
 
     def dropped_pages(self) -> Counter[str]:
         """By reason. Any thread: `copy` is one call into C, so no other can add one half-way."""
-        return self._counters.dropped_pages.copy() + self.queue.counters.dropped.copy()
+        dropped = [queue.counters.dropped.copy() for queue in self._queues]
+        return sum(dropped, self._counters.dropped_pages.copy())
 
     def _drop(self, reason: str, pages: int) -> bool:
         self._counters.dropped_pages[reason] += pages

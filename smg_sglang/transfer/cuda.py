@@ -68,18 +68,21 @@ class CudaMover(Mover):
         *,
         order_after: Sequence[Any] = (),
         shared_pins: ArenaPins | None = None,
+        beside: CudaMover | None = None,
         pins: bool = True,
         programs: int = 16,
         ring_bytes: int = RING_BYTES,
     ) -> None:
         """``order_after``: streams that copies come after, with `fence`. ``shared_pins``: closed by
-        who made them. ``pins``: False copies all through the ring. ``programs``: blocks of a kernel
-        launch."""
+        who made them. ``beside``: another pool's mover, whose loads and these come one by one.
+        ``pins``: False copies all through the ring. ``programs``: blocks of a kernel launch."""
         super().__init__(pool)
         self._order_after = order_after
         self._pins = pins
         self._programs = programs
-        self._load_stream = torch.cuda.Stream(pool.device)
+        self._load_stream: Any = torch.cuda.Stream(pool.device)
+        if beside is not None:
+            self._load_stream = beside._load_stream
         self._spill_stream = torch.cuda.Stream(pool.device)
         ring_bytes = max(ring_bytes, 2 * self.layout.page_bytes)
         self._load_ring, self._spill_ring = StagingRing(ring_bytes), StagingRing(ring_bytes)
@@ -200,7 +203,7 @@ class CudaMover(Mover):
         # The caller may drop the slots while the stream still reads them.
         move.slots.record_stream(stream)
         direct = self._locked(move.arena, move.offsets) if self._is_pinned(move) else None
-        return CudaMove(move.slots, move.arena, move.offsets, direct)
+        return CudaMove(move.slots, move.arena, move.offsets, direct, pool=move.pool)
 
     def _is_pinned(self, move: PageMove) -> bool:
         if not self._pins or not move.num_pages:

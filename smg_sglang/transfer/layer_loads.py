@@ -32,7 +32,7 @@ class LoadCounters:
 
 @dataclass(frozen=True)
 class _Queued:
-    move: PageMove | None
+    moves: list[PageMove] | None
     keep_alive: object = None
 
 
@@ -61,9 +61,9 @@ class LayerLoads:
     ) -> None:
         """``before_copy``: test hook, called on the loader thread before each layer's copy,
         or that of a group of layers (`Mover.load_groups`)."""
-        self.counter = LayerCounter(mover.layout.num_layers)
+        self.counter = LayerCounter(mover.num_layers)
         self.counters = LoadCounters()
-        self._mover = mover
+        self.mover = mover
         self._before_copy = before_copy
         self._paced = paced
         self._queued: dict[str, _Queued] = {}
@@ -89,9 +89,13 @@ class LayerLoads:
         Raises:
             ValueError: a load of ``rid`` is queued already, or arguments that do not fit.
         """
+        self.queue_moves(rid, [self.mover.prepare(slots, arena, offsets)], keep_alive)
+
+    def queue_moves(self, rid: str, moves: list[PageMove], keep_alive: object = None) -> None:
+        """As `queue`, for what the mover has prepared: pages of several pools, perhaps."""
         if rid in self._queued:
             raise ValueError(f"a load for request {rid} is queued already")
-        self._queued[rid] = _Queued(self._mover.prepare(slots, arena, offsets), keep_alive)
+        self._queued[rid] = _Queued(moves, keep_alive)
 
     def queue_failed(self, rid: str, keep_alive: object = None) -> None:
         """Queue a load that will not be: the batch it starts with moves nothing and fails."""
@@ -109,11 +113,11 @@ class LayerLoads:
         index = self.counter.update_producer()
         batch = self.counter.events[index]
         batch.keep_alive = queued
-        moves = PageMove.joined([q.move for q in queued if q.move is not None])
-        batch.unwanted = any(q.move is None for q in queued)
+        moves = PageMove.joined([move for q in queued for move in q.moves or ()])
+        batch.unwanted = any(q.moves is None for q in queued)
         # The fence last: on CUDA, joining has put work on the current stream.
-        task = _Task(batch, moves, self._mover.fence())
-        if not self._paced and self._thread_is_idle() and self._mover.enqueues(task.moves):
+        task = _Task(batch, moves, self.mover.fence())
+        if not self._paced and self._thread_is_idle() and self.mover.enqueues(task.moves):
             self._load(task)
         else:
             self._last_in_thread = task.batch
@@ -162,10 +166,10 @@ class LayerLoads:
             return
         started = time.perf_counter()
         try:
-            with self._mover.loading(task.moves, task.after) as moves:
-                for layers in self._mover.load_groups(moves):
+            with self.mover.loading(task.moves, task.after) as moves:
+                for layers in self.mover.load_groups(moves):
                     self._load_layers(layers, moves)
-                    mark = self._mover.mark()
+                    mark = self.mover.mark()
                     task.batch.land(mark, len(layers))
                 if self._paced:
                     mark.synchronize()
@@ -174,14 +178,13 @@ class LayerLoads:
             logger.exception("loading pages from the memory tier failed")
             self.counters.failed += 1
             task.batch.fail(error)
-        pages = sum(move.num_pages for move in task.moves)
         self.counters.batches += 1
-        self.counters.pages += pages
-        self.counters.bytes += pages * self._mover.layout.page_bytes
+        self.counters.pages += sum(move.num_pages for move in task.moves)
+        self.counters.bytes += self.mover.bytes_of(task.moves)
         self.counters.seconds += time.perf_counter() - started
 
     def _load_layers(self, layers: range, moves: Sequence[PageMove]) -> None:
         if self._before_copy is not None:
             self._before_copy()
         for move in moves:
-            self._mover.load_layers(layers, move)
+            self.mover.load_layers(layers, move)

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -36,11 +36,13 @@ class PageMove:
         slots: int64 [num_pages * page_size]; token t of page p is in ``slots[p*page_size + t]``.
         arena: uint8, the whole mapping of the arena.
         offsets: int64 [num_pages], byte offset of each page in the arena.
+        pool: which of several pools the slots are of (`joint`).
     """
 
     slots: torch.Tensor
     arena: np.ndarray
     offsets: np.ndarray
+    pool: int = field(default=0, kw_only=True)
 
     @property
     def num_pages(self) -> int:
@@ -48,15 +50,16 @@ class PageMove:
 
     @staticmethod
     def joined(moves: Sequence[PageMove]) -> list[PageMove]:
-        """The same copies with as few moves as arenas, in order of first appearance."""
-        by_arena: dict[int, list[PageMove]] = {}
+        """The same copies with as few moves as arenas and pools, in order of first appearance."""
+        by_arena: dict[tuple[int, int], list[PageMove]] = {}
         for move in moves:
-            by_arena.setdefault(id(move.arena), []).append(move)
+            by_arena.setdefault((id(move.arena), move.pool), []).append(move)
         return [
             PageMove(
                 torch.cat([m.slots for m in group]),
                 group[0].arena,
                 np.concatenate([m.offsets for m in group]),
+                pool=group[0].pool,
             )
             if len(group) > 1
             else group[0]
@@ -88,6 +91,15 @@ class Mover(ABC):
         self.pool = pool
         self.layout = pool.layout
 
+    @property
+    def num_layers(self) -> int:
+        """Layers that loads bring, one after another."""
+        return self.layout.num_layers
+
+    def bytes_of(self, moves: Sequence[PageMove]) -> int:
+        """What all layers of their pages have."""
+        return sum(move.num_pages for move in moves) * self.layout.page_bytes
+
     def prepare(self, slots: torch.Tensor, arena: np.ndarray, offsets: np.ndarray) -> PageMove:
         """Check what is to be copied; no bytes move. Any thread.
 
@@ -115,6 +127,14 @@ class Mover(ABC):
                 f"{len(arena)} bytes (a page has {self.layout.page_bytes})"
             )
         return PageMove(self._checked_slots(slots), arena, offsets)
+
+    def prepare_in(
+        self, pool: int, slots: torch.Tensor, arena: np.ndarray, offsets: np.ndarray
+    ) -> PageMove:
+        """As `prepare`, for one of several pools (`joint`)."""
+        if pool != 0:
+            raise ValueError(f"there is no pool {pool}")
+        return self.prepare(slots, arena, offsets)
 
     def _checked_slots(self, slots: torch.Tensor) -> torch.Tensor:
         return slots.contiguous()

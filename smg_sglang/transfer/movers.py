@@ -13,7 +13,11 @@ from smg_sglang.transfer.pinning import ArenaPins
 
 
 def make_mover(
-    pool: DevicePool, *, order_after: Sequence[Any] = (), pins: ArenaPins | None = None
+    pool: DevicePool,
+    *,
+    order_after: Sequence[Any] = (),
+    pins: ArenaPins | None = None,
+    beside: Mover | None = None,
 ) -> Mover:
     """The mover for the pool's device.
 
@@ -21,6 +25,7 @@ def make_mover(
         order_after: CUDA streams (the forward stream) that loads must come after, besides the
             current one. Ignored on a CPU, where the forward is synchronous.
         pins: of all movers that copy the same arenas; its own by default. A CPU pins nothing.
+        beside: the mover of another pool that is loaded together with this one (`joint`).
 
     Raises:
         ConfigError: there is no mover for this device.
@@ -30,5 +35,6 @@ def make_mover(
     if pool.device.type == "cuda":
         from smg_sglang.transfer.cuda import CudaMover
 
-        return CudaMover(pool, order_after=order_after, shared_pins=pins)
+        assert beside is None or isinstance(beside, CudaMover)
+        return CudaMover(pool, order_after=order_after, shared_pins=pins, beside=beside)
     raise ConfigError(f"no page copies for device {pool.device.type}; supported: cpu, cuda")

@@ -52,12 +52,25 @@ class SpillTarget(Generic[Handle]):
         offsets: int64 [m], byte offset of the host page for pages first..first+m of the job.
             Empty when all of the job is in memory already.
         first: number of leading pages of the job that are in memory already.
+        which: int64 [m], the job's pages that go there, where they are not consecutive; the others
+            are in memory already, or there is no room for them (``missing``).
+        missing: pages that there is no room for.
     """
 
     handle: Handle
     arena: np.ndarray
     offsets: np.ndarray
     first: int = 0
+    which: np.ndarray | None = None
+    missing: int = 0
+
+    def of(self, slots: torch.Tensor, page_size: int) -> torch.Tensor:
+        """The slots of the job's pages that go there."""
+        if self.which is None:
+            end = self.first + len(self.offsets)
+            return slots[self.first * page_size : end * page_size]
+        which = torch.from_numpy(self.which).to(slots.device)
+        return slots.view(-1, page_size)[which].reshape(-1)
 
 
 @dataclass
@@ -235,15 +248,17 @@ class SpillQueue(Generic[Key, Handle]):
             event.synchronize()
         target = self._reserve(job.key)
         page_size = self._mover.layout.page_size
-        end = target.first + len(target.offsets)
         try:
-            self._copy(job.slots[target.first * page_size : end * page_size], target)
+            self._copy(target.of(job.slots, page_size), target)
         except BaseException:
             self._abandon(target.handle)
             raise
         self._publish(target.handle)
-        if end * page_size < job.num_slots:
-            raise SpillDropped("memory_full", job.num_slots // page_size - end)
+        missing = target.missing
+        if target.which is None:
+            missing = job.num_slots // page_size - target.first - len(target.offsets)
+        if missing > 0:
+            raise SpillDropped("memory_full", missing)
 
     def _copy(self, slots: torch.Tensor, target: SpillTarget[Handle]) -> None:
         if not len(target.offsets):

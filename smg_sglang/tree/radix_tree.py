@@ -76,6 +76,10 @@ class RadixTree:
             pages[-1] = pages[-1][:within]
         return Match(_joined(pages), node, length)
 
+    def begins(self, key: bytes) -> bool:
+        """Whether any path here begins with this key. O(1)."""
+        return key in self._root.children
+
     def touch(self, match: Match) -> Node:
         """Count a use of the matched prefix, now, and return the node that it ends in: the one to
         pin. Of no effect if the prefix has left.

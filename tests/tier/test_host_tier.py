@@ -68,11 +68,8 @@ class World:
         return self.completed()
 
     def completed(self):
-        self.tier.spills.queue.drain()
-        return [
-            self.tier.spills.queue.pop_completed()
-            for _ in range(self.tier.spills.queue.num_completed())
-        ]
+        self.tier.spills.drain()
+        return [self.tier.spills.pop_completed() for _ in range(self.tier.spills.num_completed())]
 
     def load(self, rid, slots):
         if not self.tier.load_backs.load(rid, slots):
@@ -221,8 +218,8 @@ def test_a_weight_update_leaves_completed_spills_to_be_popped(make_world):
     world.write(1, slots_at(0, 16))
     world.tier.spills.submit(path_of(1, 16), slots_at(0, 16), own_slots=16)
     world.tier.weights_changed()
-    assert world.tier.spills.queue.num_completed() == 1
-    assert world.tier.spills.queue.pop_completed()
+    assert world.tier.spills.num_completed() == 1
+    assert world.tier.spills.pop_completed()
 
 
 def test_pages_of_a_former_weight_update_do_not_stay_in_memory(make_world):

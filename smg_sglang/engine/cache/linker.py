@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mem_cache.hicache_storage import PoolName
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 
 from smg_sglang.config import SmgConfig
@@ -16,6 +17,7 @@ from smg_sglang.errors import ConfigError
 from smg_sglang.memory.namespace import Namespace
 from smg_sglang.metrics import TierMetrics
 from smg_sglang.tier.host_tier import HostTier
+from smg_sglang.tier.windows import WindowLayers
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import BeforeCopy, random_delay
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
+
+#: SGLang's names of pools -> the tier's numbers of them.
+POOLS = {PoolName.KV: 0, PoolName.SWA: 1}
 
 
 class SmgLinker(UnifiedCacheLinker):
@@ -45,7 +50,9 @@ class SmgLinker(UnifiedCacheLinker):
     ) -> None:
         from sglang.srt.runtime_context import get_parallel
 
-        pool = device_pool(params.token_to_kv_pool_allocator.get_kvcache(), params.page_size)
+        kvcache, page_size = params.token_to_kv_pool_allocator.get_kvcache(), params.page_size
+        pool, layers = full_layers(kvcache, page_size)
+        windows = window_layers(kvcache, page_size, params.sliding_window_size)
         parallel = get_parallel()
         namespace = Namespace(
             model=model_identity(server_args),
@@ -62,11 +69,15 @@ class SmgLinker(UnifiedCacheLinker):
             carried(server_args)["address"],
             namespace,
             pool,
+            layers=layers,
+            windows=windows,
             forward_streams=() if forward_stream is None else (forward_stream,),
             before_copy=_test_delay(),
         )
         self.layer_done_counter = self.tier.load_backs.loads.counter
         self.pools = {PoolName.KV: pool}
+        if windows:
+            self.pools[PoolName.SWA] = windows[0].pool
         self._metrics = _metrics(self.tier, server_args) if params.enable_metrics else None
 
     def spill_events(self) -> tuple[Any, ...]:
@@ -82,7 +93,9 @@ class SmgLinker(UnifiedCacheLinker):
         raise NotImplementedError("SmgLinkerWrapper.match looks up by path")
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
-        return self.tier.load_backs.load(rid, transfers[0].device_indices)
+        full, *others = transfers
+        ends = {POOLS[transfer.name]: transfer.device_indices for transfer in others}
+        return self.tier.load(rid, full.device_indices, ends)
 
     def start_layer_wise_loading(self) -> int:
         return self.tier.load_backs.start()
@@ -97,10 +110,10 @@ class SmgLinker(UnifiedCacheLinker):
         raise NotImplementedError("SmgLinkerWrapper._offload_node spills by path")
 
     def num_completed_offloads(self) -> int:
-        return self.tier.spills.queue.num_completed()
+        return self.tier.spills.num_completed()
 
     def pop_completed_offload(self) -> bool:
-        return self.tier.spills.queue.pop_completed()
+        return self.tier.spills.pop_completed()
 
     def reset(self) -> None:
         self.tier.flush()
@@ -117,8 +130,35 @@ def _test_delay() -> BeforeCopy | None:
     return random_delay(milliseconds / 1000) if milliseconds > 0 else None
 
 
+def full_layers(kvcache: Any, page_size: int) -> tuple[DevicePool, list[int]]:
+    """The pool of the layers that attend all of a context, and the model's numbers of these.
+
+    Raises:
+        ConfigError: a pool that is neither plain MHA/GQA nor plain MLA.
+    """
+    if not isinstance(kvcache, SWAKVPool):
+        pool = device_pool(kvcache, page_size)
+        return pool, list(range(pool.layout.num_layers))
+    return device_pool(kvcache.full_kv_pool, page_size), _numbers(kvcache, is_window=False)
+
+
+def window_layers(kvcache: Any, page_size: int, window: int | None) -> list[WindowLayers]:
+    """The layers with a sliding window of so many tokens, where they have a pool of their own."""
+    if not isinstance(kvcache, SWAKVPool):
+        return []
+    assert window is not None
+    pool = device_pool(kvcache.swa_kv_pool, page_size)
+    # As many as SGLang's component asks for (`SWAComponent.build_external_linker_transfer`).
+    return [WindowLayers(pool, _numbers(kvcache, is_window=True), -(-window // page_size))]
+
+
+def _numbers(kvcache: Any, *, is_window: bool) -> list[int]:
+    mine = {at: n for n, (at, windowed) in kvcache.layers_mapping.items() if windowed is is_window}
+    return [mine[at] for at in sorted(mine)]
+
+
 def device_pool(kvcache: Any, page_size: int) -> DevicePool:
-    """SGLang's KV pool as byte rows.
+    """One of SGLang's KV pools as byte rows.
 
     Raises:
         ConfigError: a pool that is neither plain MHA/GQA nor plain MLA.

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
     ExternalCacheHitMarker,
     UnifiedCacheLinkerWrapper,
     _PendingOffload,
 )
 
-from smg_sglang.engine.cache.linker import SmgLinker
+from smg_sglang.engine.cache.linker import POOLS, SmgLinker
 from smg_sglang.engine.paths import page_path
 from smg_sglang.tree.page_keys import KEY_BYTES, keys_from_hex
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from smg_sglang.engine.cache.radix_cache import SmgRadixCache
     from smg_sglang.tier.host_tier import HostTier
+    from smg_sglang.tier.trail import Trail
 
 
 class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
@@ -50,8 +52,10 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
         if not tail:
             self.tier.lookups.touch(req.rid, head)
             return result
-        pages = self.tier.lookups.find(req.rid, head + keys_from_hex(tail), len(head) // KEY_BYTES)
+        path = keys_from_hex(tail)
+        pages = self.tier.lookups.find(req.rid, head + path, len(head) // KEY_BYTES)
         (pages,) = self.cache.least_of_ranks(pages)
+        pages = self._fitting(req.rid, path, pages)
         if pages == 0:
             return result
         self.hit_markers[req.rid] = ExternalCacheHitMarker(
@@ -60,7 +64,19 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
         return result._replace(
             last_host_node=result.best_match_node,
             host_hit_length=pages * self.cache.page_size,
+            swa_host_hit_length=max([0, *(min(pages, t.window) for t in self.tier.trails)])
+            * self.cache.page_size,
         )
+
+    def _fitting(self, rid: str, tail: bytes, pages: int) -> int:
+        """Of a hit of so many pages as much as layers with windows have the end of, on all ranks:
+        what one can restore is sparse, so a shorter hit is looked for again."""
+        while pages and self.tier.trails:
+            (least,) = self.cache.least_of_ranks(self.tier.fitting(rid, tail, pages))
+            if least == pages:
+                break
+            pages = least
+        return pages
 
     def _path(self, node_id: int) -> bytes:
         core = self.cache.tree_core
@@ -73,13 +89,15 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
 
         The lock on the node keeps the whole path on the device until the copy has ended.
         """
+        full, *others = transfers
         lock = self.cache.inc_lock_ref(node_id).to_dec_params()
         try:
             self.tier.spills.submit(
                 self._path(node_id),
                 self._path_slots(node_id),
-                own_slots=transfers[0].device_indices.numel(),
+                own_slots=full.device_indices.numel(),
                 ready=self.cache_linker.spill_events(),
+                ends={POOLS[t.name]: (keys_from_hex(t.keys), t.device_indices) for t in others},
             )
         except BaseException:
             self.cache.dec_lock_ref(node_id, lock)
@@ -109,6 +127,17 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
         path, _ = page_path(req, tokens, page)
         row = self.cache.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : len(tokens)]
         self.tier.spills.spill_now(path, row.to(torch.int64))
+        for trail in self.tier.trails:
+            self._spill_window(req, trail, path, row)
+
+    def _spill_window(self, req: Any, trail: Trail, path: bytes, row: torch.Tensor) -> None:
+        """The end of a request for layers with windows, unless it has left the device in part."""
+        first = max(0, len(path) // KEY_BYTES - trail.window)
+        begin = first * self.cache.page_size
+        if req.kv.get_evicted_seqlen(ComponentType.SWA) <= begin:
+            pool = self.cache.token_to_kv_pool_allocator.get_kvcache()
+            slots = pool.translate_loc_from_full_to_swa(row[begin:])
+            trail.spill_now(path[first * KEY_BYTES :], slots.to(torch.int64))
 
     def _path_slots(self, node_id: int) -> torch.Tensor:
         """Device slots int64 of every token on the path from the root."""
@@ -121,9 +150,9 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
 
     def release_request(self, rid: str) -> None:
         super().release_request(rid)
-        self.tier.lookups.forget(rid)
+        self.tier.forget(rid)
 
     def release_finished(self, rid: str) -> None:
         """Drop what a request found and never loaded: a later chunk of it may have looked again."""
         self.hit_markers.pop(rid, None)
-        self.tier.lookups.forget(rid)
+        self.tier.forget(rid)

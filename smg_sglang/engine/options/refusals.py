@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from smg_sglang import TESTED_SGLANG
-from smg_sglang.config import SmgConfig
+from smg_sglang.config import SmgConfig, WritePolicy
 from smg_sglang.engine.options.record import NAMES, chosen, device_kind
 from smg_sglang.errors import ConfigError
 
@@ -166,7 +166,8 @@ def refuse_model(server_args: ServerArgs) -> None:
     """Refuse a model whose state is more than KV pages, before any process is started.
 
     Raises:
-        ConfigError: for sliding-window and Mamba hybrids, and for what `refuse_streams` refuses.
+        ConfigError: for Mamba hybrids, and for what `refuse_streams` and `refuse_beside_windows`
+            refuse.
     """
     if chosen(server_args).stream_context:
         refuse_streams(server_args)
@@ -174,13 +175,27 @@ def refuse_model(server_args: ServerArgs) -> None:
     from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
 
     model = model_config_of(server_args)
+    if uses_ssm_state(model):
+        raise ConfigError(
+            "Mamba and linear-attention hybrid models "
+            f"({', '.join(model.hf_config.architectures)}) are not supported by --enable-smg yet; "
+            "start without it."
+        )
     if model.is_hybrid_swa:
-        kind = "sliding-window"
-    elif uses_ssm_state(model):
-        kind = "Mamba and linear-attention"
-    else:
-        return
-    raise ConfigError(
-        f"{kind} hybrid models ({', '.join(model.hf_config.architectures)}) are not supported "
-        "by --enable-smg yet; start without it."
+        refuse_beside_windows(server_args)
+
+
+def refuse_beside_windows(args: ServerArgs) -> None:
+    """Refuse what does not know yet of layers with windows.
+
+    Raises:
+        ConfigError: one sentence that says what to drop.
+    """
+    config = chosen(args)
+    _refuse_any(
+        "models with sliding-window layers cannot be served with {} yet; leave it out.",
+        [
+            (config.write_policy is WritePolicy.WRITE_BACK, "--smg-write-policy write_back"),
+            (config.prefetch, "--smg-prefetch"),
+        ],
     )

@@ -71,7 +71,7 @@ def attach(cache: Any, server_args: Any) -> None:
 
 def _drain(cache: Any, seconds: float) -> bool:
     tier = cache.host_tier
-    return True if tier is None else bool(tier.spills.queue.drain(seconds))
+    return True if tier is None else bool(tier.spills.drain(seconds))
 
 
 def state() -> dict[str, Any]:

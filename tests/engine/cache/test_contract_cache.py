@@ -35,6 +35,7 @@ class Tier:
     def __init__(self, policy) -> None:
         self.config = SimpleNamespace(write_policy=policy, stream_context=False)
         self.ahead = None
+        self.trails = []
         # One object stands for all parts of a tier.
         self.lookups = self.spills = self.queue = self
         self.load_backs = SimpleNamespace(loads=SimpleNamespace(counter=None))
@@ -44,8 +45,8 @@ class Tier:
         self.completed = []
         self.forgotten = []
 
-    def submit(self, path, slots, own_slots, ready):
-        assert ready == ()
+    def submit(self, path, slots, own_slots, ready, ends):
+        assert ready == () and ends == {}
         self.spilled.append((path, slots.tolist(), own_slots))
 
     def spill_now(self, path, slots):

@@ -81,7 +81,7 @@ class World:
 
     def spilled(self):
         """Wait until host memory has all that it was given."""
-        self.tier.spills.queue.drain()
+        self.tier.spills.drain()
         self.cache.check_hicache_events()
 
     def leave_device(self):
