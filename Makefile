@@ -8,7 +8,7 @@ MODEL ?=
 TRACE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-split test-gpu bench bench-all bench-programs bench-replay bench-split
+.PHONY: help serve test test-split test-models test-gpu bench bench-all bench-programs bench-replay bench-split
 .PHONY: bench-context bench-prefetch bench-tree bench-transfer bench-gpu readme lint model clean distclean
 
 help: ## this list
@@ -23,6 +23,9 @@ test: $(VENV)/.ready ## the whole test suite; ARGS="pytest flags"
 
 test-split: $(VENV)/.ready ## the experimental split of prefill and decode, killed in every way
 	@SMG_TEST_SPLIT=1 $(RUN) -m pytest tests/e2e/test_split.py $(ARGS)
+
+test-models: $(VENV)/.ready ## models whose layers differ, at every page size, against the model itself
+	@SMG_TEST_MODELS=1 $(RUN) -m pytest tests/e2e/test_models.py $(ARGS)
 
 test-gpu: $(VENV)/.ready ## only what needs a CUDA device; ARGS="pytest flags"
 	@$(RUN) -m pytest tests/gpu $(ARGS)

@@ -69,7 +69,7 @@ class SpillTarget(Generic[Handle]):
         if self.which is None:
             end = self.first + len(self.offsets)
             return slots[self.first * page_size : end * page_size]
-        which = torch.from_numpy(self.which).to(slots.device)
+        which = torch.tensor(self.which, device=slots.device)
         return slots.view(-1, page_size)[which].reshape(-1)
 
 
