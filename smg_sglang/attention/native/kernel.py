@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from smg_sglang.attention.pages import Memory, PageTable, check_call
@@ -129,9 +130,11 @@ class NativeAttention:
         if self._library.smg_attend(self._workers, ctypes.byref(job), self.threads):
             raise MemoryError("no memory for the states of the attention kernel")
 
-    def read(self, address: int, size: int) -> None:
-        """Read bytes in order, in as many threads: what a memory gives at best, to compare with."""
-        self._library.smg_read(self._workers, address, size, self.threads)
+    def read(self, address: int, offsets: npt.NDArray[np.int64], size: int) -> None:
+        """Read `size` bytes at each offset from an address, in as many threads: what the memory
+        gives at best, to compare with."""
+        begin = offsets.ctypes.data
+        self._library.smg_read(self._workers, address, begin, len(offsets), size, self.threads)
 
     def close(self) -> None:
         """As `pages.PageAttention.close`."""
@@ -147,6 +150,7 @@ def _loaded(path: Path) -> Any:
     library.smg_workers_close.argtypes = [workers]
     library.smg_workers_close.restype = None
     library.smg_attend.argtypes = [workers, ctypes.c_void_p, ctypes.c_int]
-    library.smg_read.argtypes = [workers, ctypes.c_void_p, size, ctypes.c_int]
+    address = ctypes.c_void_p
+    library.smg_read.argtypes = [workers, address, address, size, size, ctypes.c_int]
     library.smg_read.restype = ctypes.c_uint64
     return library

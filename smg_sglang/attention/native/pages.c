@@ -10,10 +10,10 @@
 #include "vectors.h"
 #include "workers.h"
 
-/* Keys a block, a multiple of WIDTH: as many as a page, mostly, so that K and V of a page are fetched
- * in one run. More make fewer passes over the sums, fewer keep what is fetched near. */
+/* Keys a block, a multiple of WIDTH. More make fewer passes over the sums; K and V of two blocks have
+ * to stay in the second-level cache. */
 #ifndef BLOCK
-#define BLOCK 16
+#define BLOCK 32
 #endif
 /* Query rows that are multiplied with a key at once, and keys that are summed across at once. */
 #define KEYS 4
@@ -178,9 +178,10 @@ typedef struct {
     int64_t due, step; /* lines that are due, and more with each step of weight 1: 2**-16ths */
 } smg_fetch;
 
-/* How long steps over keys and over values take, about. */
-#define KEY_STEP 1
-#define VALUE_STEP 2
+/* How much is fetched with a step over keys and over values, which take about as long: early is
+ * better (measured). */
+#define KEY_STEP 2
+#define VALUE_STEP 1
 
 /* steps: the sum of their weights. */
 static smg_fetch fetch_of(const smg_block *block, int64_t steps) {
@@ -612,30 +613,31 @@ EXPORT int smg_attend(smg_workers *workers, const smg_job *job, int threads) {
 
 typedef struct {
     const char *from;
-    int64_t bytes, next;
+    const int64_t *offsets;
+    int64_t count, bytes, next;
     uint64_t sum;
 } smg_reading;
-
-#define READ_BYTES (1 << 20)
 
 static void read_parts(void *argument, int worker) {
     (void)worker;
     smg_reading *reading = argument;
-    int64_t at;
+    int64_t part;
     vu sums[4] = {{0}};
-    while ((at = __atomic_fetch_add(&reading->next, READ_BYTES, __ATOMIC_RELAXED)) < reading->bytes) {
-        int64_t end = at + READ_BYTES < reading->bytes ? at + READ_BYTES : reading->bytes;
-        for (; at + 16 * WIDTH <= end; at += 16 * WIDTH)
-            for (int i = 0; i < 4; i++) sums[i] += LOAD(vu, reading->from + at + 4 * WIDTH * i);
+    while ((part = __atomic_fetch_add(&reading->next, 1, __ATOMIC_RELAXED)) < reading->count) {
+        const char *from = reading->from + reading->offsets[part];
+        for (int64_t at = 0; at + 16 * WIDTH <= reading->bytes; at += 16 * WIDTH)
+            for (int i = 0; i < 4; i++) sums[i] += LOAD(vu, from + at + 4 * WIDTH * i);
     }
     uint64_t sum = 0;
     for (int i = 0; i < WIDTH; i++) sum += sums[0][i] + sums[1][i] + sums[2][i] + sums[3][i];
     __atomic_fetch_add(&reading->sum, sum, __ATOMIC_RELAXED);
 }
 
-/* Read `bytes` from an address on, in order; the sum keeps the compiler from leaving it out. */
-EXPORT uint64_t smg_read(smg_workers *workers, const void *from, int64_t bytes, int threads) {
-    smg_reading reading = {from, bytes, 0, 0};
+/* Read `count` parts of `bytes` each, at offsets from an address; the sum keeps the compiler from
+ * leaving it out. */
+EXPORT uint64_t smg_read(smg_workers *workers, const void *from, const int64_t *offsets,
+                         int64_t count, int64_t bytes, int threads) {
+    smg_reading reading = {from, offsets, count, bytes, 0, 0};
     smg_workers_run(workers, threads, read_parts, &reading);
     return reading.sum;
 }
