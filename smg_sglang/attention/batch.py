@@ -17,7 +17,9 @@ import numpy.typing as npt
 import torch
 
 from smg_sglang.attention import cpu, decode, windows
+from smg_sglang.attention.decode_pages import PagesPlan
 from smg_sglang.attention.host import HostReader, HostRun
+from smg_sglang.attention.pages import PageAttention, PageRun, slot_run
 from smg_sglang.attention.partial import PartialState, merge
 
 
@@ -87,7 +89,7 @@ class BatchPlan:
     single: list[Request]
     longer: list[Request]
     single_rows: torch.Tensor | None
-    decode: decode.DecodePlan
+    decode: decode.DecodePlan | PagesPlan
     host: HostReader | None = None
 
 
@@ -96,10 +98,12 @@ def plan_batch(
     new: Sequence[int],
     host: Sequence[Sequence[HostRun]] | None = None,
     reader: HostReader | None = None,
+    kernel: PageAttention | None = None,
 ) -> BatchPlan:
     """Plan for requests whose tokens are in these slots, the last `new` of each queried.
 
     host: for each request what comes before its slots, in host memory; `reader` gets at it.
+    kernel: answers the requests with one query; numba does without one.
     """
     ends = np.cumsum(np.asarray(new, dtype=np.int64)).tolist()
     host = host or [()] * len(slots)
@@ -114,13 +118,23 @@ def plan_batch(
     if reader is not None:
         reader.begin()
     rows = torch.tensor([request.begin for request in single], dtype=torch.int64)
-    plan = decode.plan_pieces([_pieces(request, reader) for request in single])
+    plan: decode.DecodePlan | PagesPlan
+    if kernel is None:
+        plan = decode.plan_pieces([_pieces(request, reader) for request in single])
+    else:
+        runs = [_page_runs(request, reader) for request in single]
+        plan = PagesPlan(kernel, runs, reader.layout if reader is not None else None)
     return BatchPlan(single, longer, rows if longer else None, plan, reader)
 
 
 def _pieces(request: Request, reader: HostReader | None) -> list[decode.Piece]:
     on_device = [decode.in_pool(request.slots.numpy())]
     return on_device + reader.pieces(request.host) if reader and request.host else on_device
+
+
+def _page_runs(request: Request, reader: HostReader | None) -> list[PageRun]:
+    on_device = [slot_run(request.slots.numpy())]
+    return on_device + reader.page_runs(request.host) if reader and request.host else on_device
 
 
 def _first_of_run(slots: npt.NDArray[np.integer]) -> int | None:
@@ -137,7 +151,8 @@ def attend_pool(  # noqa: PLR0917  # called once a layer, by one caller
     The pool already holds the new tokens. Its dtype may differ from the queries': what is read is
     converted then. Layers are numbered as in the pages of host memory.
     """
-    in_place = decode.supports(q, pool.k, pool.v)
+    supports = plan.decode.supports if isinstance(plan.decode, PagesPlan) else decode.supports
+    in_place = supports(q, pool.k, pool.v)
     gathered = plan.longer if in_place else plan.single + plan.longer
     if plan.host is not None:
         plan.host.stream([request.host for request in gathered if request.host])
@@ -211,16 +226,13 @@ def _attend_single(  # noqa: PLR0917
 ) -> None:
     """Requests with one query: it sees every key, so causal or not is the same."""
     rows = slice(len(plan.single)) if plan.single_rows is None else plan.single_rows
-    memories = plan.host.memories(layer) if plan.host is not None else ()
-    state = decode.attend_slots(
-        q[rows],
-        pool.k,
-        pool.v,
-        plan.decode,
-        scale=rule.scale,
-        logit_cap=rule.logit_cap,
-        memories=memories,
-    )
+    how = {"scale": rule.scale, "logit_cap": rule.logit_cap}
+    if isinstance(plan.decode, PagesPlan):
+        memories = plan.host.page_memories(layer) if plan.host is not None else ()
+        state = plan.decode.attend(q[rows], pool.k, pool.v, memories, **how)
+    else:
+        bases = plan.host.memories(layer) if plan.host is not None else ()
+        state = decode.attend_slots(q[rows], pool.k, pool.v, plan.decode, memories=bases, **how)
     out[rows] = state.out.to(out.dtype)
 
 

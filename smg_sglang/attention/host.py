@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from smg_sglang.attention.decode import Piece
+from smg_sglang.attention.pages import Memory, PageRun, page_memory, page_run
 from smg_sglang.transfer.layout import PageLayout
 from smg_sglang.transfer.segments import Segment, SegmentReader, SegmentRing
 
@@ -77,6 +78,14 @@ class HostReader:
         k = self.layout.part_offset(layer, 0)
         v = self.layout.part_offset(layer, len(self.layout.parts) - 1)
         return [(arena.ctypes.data + k, arena.ctypes.data + v) for arena in self._arenas]
+
+    def page_runs(self, runs: Sequence[HostRun]) -> list[PageRun]:
+        """A request's host pages for `pages.plan_pages`, numbered as in `pieces`."""
+        return [page_run(self._memory(run.arena), run.offsets, run.page_size) for run in runs]
+
+    def page_memories(self, layer: int) -> list[Memory]:
+        """Where a layer is in each memory from 1 on."""
+        return [page_memory(arena, self.layout, layer) for arena in self._arenas]
 
     def _memory(self, arena: np.ndarray) -> int:
         for number, known in enumerate(self._arenas):

@@ -17,7 +17,15 @@ log = logging.getLogger(__name__)
 def make_page_attention(
     threads: int, cores: Sequence[int] = (), folder: Path | None = None
 ) -> PageAttention:
-    """The fastest that this machine has; builds the kernel where it is not there, some seconds.
+    """The fastest that this machine has: `find_native`'s, or torch."""
+    return find_native(threads, cores, folder) or TorchAttention()
+
+
+def find_native(
+    threads: int, cores: Sequence[int] = (), folder: Path | None = None
+) -> NativeAttention | None:
+    """The C kernel for this CPU, built where it is not there yet (some seconds); None, and a line
+    in the log, where it cannot be built.
 
     threads: that compute, the caller's among them; none is started before a call needs it.
     cores: those that the others may run on. folder: as for `build.built`.
@@ -29,11 +37,11 @@ def make_page_attention(
         except (BuildError, OSError) as error:
             failures.append(f"{variant.name}: {error}")
     log.warning(
-        "attention in host memory runs with torch, which is slower: the C kernel could not be "
-        "built (%s)",
-        failures[0] if failures else "no instruction set is known",
+        "the C kernel for attention in host memory could not be built, what stands in for it is "
+        "slower (%s)",
+        failures[0],
     )
-    return TorchAttention()
+    return None
 
 
 def native(
@@ -43,9 +51,4 @@ def native(
 
     Raises BuildError or OSError where it cannot be built or loaded.
     """
-    path = built(variant, folder)
-    try:
-        return NativeAttention(path, variant.name, threads, cores)
-    except OSError:  # a file that some crash left half written
-        path.unlink()
-        return NativeAttention(built(variant, folder), variant.name, threads, cores)
+    return NativeAttention(built(variant, folder), variant.name, threads, cores)

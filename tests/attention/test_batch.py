@@ -30,11 +30,12 @@ def expected(q, pool, slots, new, rule):
     return torch.cat(outs)
 
 
-def check(lengths, new, *, scattered, dtype, rule, dims=(64, 64), heads=(4, 2)):
+def check(lengths, new, *, scattered, dtype, rule, kernel=None):
+    dims, heads = (64, 64), (4, 2)
     q, k, v = random_qkv(sum(new), POOL, heads, dims, dtype)
     pool, slots = KV(k, v), slots_of(lengths, scattered)
     out = torch.full((sum(new), heads[0], dims[1]), torch.nan, dtype=dtype)
-    plan = plan_batch(slots, new)
+    plan = plan_batch(slots, new, kernel=kernel)
     attend_pool(q, pool, plan, rule, out)
     want = expected(q, pool, slots, new, rule)
     torch.testing.assert_close(out.double(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
@@ -53,24 +54,26 @@ requests = st.tuples(
     causal=st.booleans(),
 )
 @settings(deadline=None, max_examples=60)
-def test_a_mixed_batch_is_what_its_definition_says(batch, scattered, dtype, causal):
+def test_a_mixed_batch_is_what_its_definition_says(kernel, *, batch, scattered, dtype, causal):
     lengths = [prefix + new for prefix, new in batch]
     rule = Rule(0.125, causal)
-    check(lengths, [n for _, n in batch], scattered=scattered, dtype=dtype, rule=rule)
+    new = [n for _, n in batch]
+    check(lengths, new, scattered=scattered, dtype=dtype, rule=rule, kernel=kernel)
 
 
 @pytest.mark.parametrize("scattered", [True, False])
-def test_a_logit_cap_holds_in_every_path(scattered):
+def test_a_logit_cap_holds_in_every_path(kernel, scattered):
     rule = Rule(1.0, logit_cap=3.0)
-    check([5, 70, 40], [1, 20, 40], scattered=scattered, dtype=torch.float32, rule=rule)
+    how = {"dtype": torch.float32, "rule": rule, "kernel": kernel}
+    check([5, 70, 40], [1, 20, 40], scattered=scattered, **how)
 
 
 @pytest.mark.parametrize("heads", [(32, 1), (8, 1)])
-def test_a_pool_whose_values_lie_in_its_keys(heads):
+def test_a_pool_whose_values_lie_in_its_keys(kernel, heads):
     q, k, _ = random_qkv(12, POOL, heads, (96, 96))
     pool, slots, new = KV(k, k[..., :64]), slots_of([30, 8, 20], True), [1, 8, 3]
     out = torch.empty(12, heads[0], 64)
-    attend_pool(q, pool, plan_batch(slots, new), Rule(0.1), out)
+    attend_pool(q, pool, plan_batch(slots, new, kernel=kernel), Rule(0.1), out)
     torch.testing.assert_close(
         out.double(), expected(q, pool, slots, new, Rule(0.1)), atol=2e-5, rtol=2e-5
     )

@@ -26,11 +26,11 @@ class World:
     """Requests of whole keys and values, a part of them in arenas, the rest scattered in a pool."""
 
     def __init__(self, requests, *, heads, dims, dtype, page_size, mla=False, segment_pages=2,
-                 before_copy=None, arenas=2):  # fmt: skip
+                 before_copy=None, arenas=2, kernel=None):  # fmt: skip
         torch.manual_seed(0)
         self.rng = np.random.default_rng(0)
         self.page_size, self.dtype, self.mla = page_size, dtype, mla
-        self.requests = requests
+        self.requests, self.kernel = requests, kernel
         slots = max(page_size, sum(tail for _, tail, _ in requests))
         self.k = [torch.randn(slots, heads[1], dims[0]).to(dtype) for _ in range(LAYERS)]
         self.v = [torch.randn(slots, heads[1], dims[1]).to(dtype) for _ in range(LAYERS)]
@@ -81,7 +81,7 @@ class World:
 
     def check(self, q_heads, *, rule):
         new = [n for _, _, n in self.requests]
-        plan = plan_batch(self.slots, new, self.host, self.reader)
+        plan = plan_batch(self.slots, new, self.host, self.reader, self.kernel)
         for layer in range(LAYERS):
             q = torch.randn(sum(new), q_heads, self.k[0].shape[2]).to(self.dtype)
             out = torch.full((sum(new), q_heads, self.v[0].shape[2]), torch.nan, dtype=self.dtype)
@@ -129,20 +129,21 @@ requests = st.composite(requests_of)()
 )
 @settings(deadline=None, max_examples=30)
 def test_host_pages_and_slots_together_are_the_whole(
-    *, batch, heads, dims, dtype, page_size, segment_pages
+    kernel, *, batch, heads, dims, dtype, page_size, segment_pages
 ):
     run(batch, heads=heads, dims=dims, dtype=dtype, page_size=page_size,
-        segment_pages=segment_pages)  # fmt: skip
+        segment_pages=segment_pages, kernel=kernel)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_latent_attention_reads_its_values_in_its_keys(dtype):
-    run([(3, 7, 1), (5, 20, 12), (0, 4, 4)], heads=(8, 1), dims=(96, 64), dtype=dtype, mla=True)
-    run([(3, 7, 1), (5, 20, 12)], heads=(32, 1), dims=(96, 64), dtype=dtype, mla=True)
+def test_latent_attention_reads_its_values_in_its_keys(kernel, dtype):
+    how = {"dims": (96, 64), "dtype": dtype, "mla": True, "kernel": kernel}
+    run([(3, 7, 1), (5, 20, 12), (0, 4, 4)], heads=(8, 1), **how)
+    run([(3, 7, 1), (5, 20, 12)], heads=(32, 1), **how)
 
 
-def test_a_logit_cap_bends_the_scores_of_host_pages_too():
-    run([(3, 7, 1), (5, 20, 12)], rule=Rule(1.0, logit_cap=5.0))
+def test_a_logit_cap_bends_the_scores_of_host_pages_too(kernel):
+    run([(3, 7, 1), (5, 20, 12)], rule=Rule(1.0, logit_cap=5.0), kernel=kernel)
 
 
 def test_copies_that_come_late_are_waited_for():

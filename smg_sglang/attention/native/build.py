@@ -2,7 +2,9 @@
 
 The result lies in `$XDG_CACHE_HOME/smg_sglang/kernels` (or `~/.cache/...`) under a name made of the
 sources and the flags, so that what lies there is never out of date. Builds at the same time do no
-harm: each writes its own file and renames it. Nothing is fetched from anywhere.
+harm: each writes its own file and renames it. A file ends with a digest of what is before it, which
+loaders do not mind: to load one that a crash left cut off would end the process. Nothing is fetched
+from anywhere.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ FLAGS = (
 )
 LIBRARIES = ("-lm",)
 SECONDS = 120
+_DIGEST = hashlib.sha256().digest_size
 
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"})
 
@@ -108,7 +111,7 @@ def built(variant: Variant, folder: Path | None = None, compiler: str | None = N
     """
     folder = folder or cache_folder()
     path = folder / f"pages-{variant.name}-{_key(variant)}.so"
-    if not (_is_ours(folder) and path.exists()):
+    if not (_is_ours(folder) and _is_whole(path)):
         path = _writable(folder) / path.name
         _compile(compiler or find_compiler(), variant, path)
     return path
@@ -144,6 +147,14 @@ def _key(variant: Variant) -> str:
     return digest.hexdigest()[:20]
 
 
+def _is_whole(path: Path) -> bool:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-_DIGEST]).digest() == content[-_DIGEST:]
+
+
 def _is_ours(folder: Path) -> bool:
     """Whether nobody else can have put a library there."""
     try:
@@ -169,6 +180,8 @@ def _compile(compiler: str, variant: Variant, path: Path) -> None:
     output = Path(name)
     try:
         _run(command(compiler, variant, output))
+        with output.open("r+b") as file:
+            file.write(hashlib.sha256(file.read()).digest())
         output.rename(path)
     finally:
         output.unlink(missing_ok=True)

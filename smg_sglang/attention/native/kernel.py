@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from smg_sglang.attention.pages import Memory, PageTable, check_call
+from smg_sglang.attention.pages import Int64s, Memory, PageTable, check_call
 
 DTYPES = (
     torch.float32,
@@ -74,6 +73,7 @@ class NativeAttention:
         self._workers = self._library.smg_workers_new(numbers, len(cores))
         if not self._workers:
             raise MemoryError("no memory for the threads of the attention kernel")
+        self._planned: tuple[PageTable, _Job, Int64s] | None = None
         self._end = weakref.finalize(self, self._library.smg_workers_close, self._workers)
 
     @property
@@ -97,40 +97,23 @@ class NativeAttention:
         """As `pages.PageAttention.attend_pages`."""
         check_call(q, table, memories, out, lse)
         queries = q.float().contiguous()
-        bases = np.array([memory[:2] for memory in memories], np.int64).reshape(-1, 2)
-        layout = table.layout
-        job = _Job(
-            q=queries.data_ptr(),
-            out=out.data_ptr(),
-            lse=lse.data_ptr(),
-            bases=bases.ctypes.data,
-            offsets=table.offsets.ctypes.data,
-            first_rows=table.first_rows.ctypes.data,
-            tokens=table.tokens.ctypes.data,
-            memories=table.memories.ctypes.data,
-            unit_pages=table.units.ctypes.data,
-            unit_requests=table.unit_requests.ctypes.data,
-            request_rows=table.request_rows.ctypes.data,
-            requests=len(table.request_rows) - 1,
-            units=len(table.unit_requests),
-            k_row=layout.k_row,
-            k_head=layout.k_head,
-            v_row=layout.v_row,
-            v_head=layout.v_head,
-            q_heads=q.shape[1],
-            kv_heads=layout.kv_heads,
-            dim=layout.dim,
-            v_dim=layout.v_dim,
-            dtype=DTYPES.index(layout.dtype),
-            bfloat16_queries=q.dtype == torch.bfloat16,
-            scale=scale * k_scale,
-            logit_cap=logit_cap,
-            v_scale=v_scale,
-        )
+        job, bases = self._job_of(table)
+        for memory in range(len(bases)):
+            bases[memory] = memories[memory][:2]
+        job.q, job.out, job.lse = queries.data_ptr(), out.data_ptr(), lse.data_ptr()
+        job.q_heads, job.bfloat16_queries = q.shape[1], q.dtype == torch.bfloat16
+        job.scale, job.logit_cap, job.v_scale = scale * k_scale, logit_cap, v_scale
         if self._library.smg_attend(self._workers, ctypes.byref(job), self.threads):
             raise MemoryError("no memory for the states of the attention kernel")
 
-    def read(self, address: int, offsets: npt.NDArray[np.int64], size: int) -> None:
+    def _job_of(self, table: PageTable) -> tuple[_Job, Int64s]:
+        """What is the same for all layers of a table, and room for where its memories begin."""
+        if self._planned is None or self._planned[0] is not table:
+            bases = np.zeros((len(table.ends), 2), np.int64)
+            self._planned = table, _planned_job(table, bases), bases
+        return self._planned[1:]
+
+    def read(self, address: int, offsets: Int64s, size: int) -> None:
         """Read `size` bytes at each offset from an address, in as many threads: what the memory
         gives at best, to compare with."""
         begin = offsets.ctypes.data
@@ -139,6 +122,30 @@ class NativeAttention:
     def close(self) -> None:
         """As `pages.PageAttention.close`."""
         self._end()
+
+
+def _planned_job(table: PageTable, bases: Int64s) -> _Job:
+    layout = table.layout
+    return _Job(
+        bases=bases.ctypes.data,
+        offsets=table.offsets.ctypes.data,
+        first_rows=table.first_rows.ctypes.data,
+        tokens=table.tokens.ctypes.data,
+        memories=table.memories.ctypes.data,
+        unit_pages=table.units.ctypes.data,
+        unit_requests=table.unit_requests.ctypes.data,
+        request_rows=table.request_rows.ctypes.data,
+        requests=len(table.request_rows) - 1,
+        units=len(table.unit_requests),
+        k_row=layout.k_row,
+        k_head=layout.k_head,
+        v_row=layout.v_row,
+        v_head=layout.v_head,
+        kv_heads=layout.kv_heads,
+        dim=layout.dim,
+        v_dim=layout.v_dim,
+        dtype=DTYPES.index(layout.dtype),
+    )
 
 
 def _loaded(path: Path) -> Any:
