@@ -16,8 +16,10 @@ import torch
 
 from smg_sglang.transfer.layout import DTYPES, PageLayout
 
-#: Tokens a unit of work, about. A unit is one thread's, and leaves one state to be merged.
+#: Tokens a unit of work, about, and units a table. A unit is one thread's, and leaves one state to
+#: be merged: a hundredth of what it has read, which long contexts take from memory again.
 UNIT_TOKENS = 256
+UNITS = 1024
 #: Query rows a KV head up to which reading the keys is what takes the time.
 MAX_ROWS = 16
 
@@ -208,11 +210,11 @@ def plan_pages(
     requests: Sequence[Sequence[PageRun]],
     layout: RowLayout,
     queries: Sequence[int] | None = None,
-    unit_tokens: int = UNIT_TOKENS,
+    unit_tokens: int | None = None,
 ) -> PageTable:
     """Plan for requests whose keys are in these pages, without duplicates.
 
-    queries: how many query rows each has; one by default.
+    queries: how many query rows each has; one by default. unit_tokens: tokens a unit, about.
 
     Raises:
         ValueError: a page begins before its memory, or has a negative number of rows.
@@ -227,6 +229,7 @@ def plan_pages(
         for field in ("offsets", "first_rows", "tokens")
     )
     _check_pages(offsets, first_rows, tokens, memories)
+    unit_tokens = unit_tokens or max(UNIT_TOKENS, int(tokens.sum()) // UNITS)
     cut = _cut(tokens, unit_tokens)
     owners, offsets, memories = owners[cut.page], offsets[cut.page], memories[cut.page]
     first_rows = first_rows[cut.page] + cut.first

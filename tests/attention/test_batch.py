@@ -127,3 +127,14 @@ def test_a_pool_of_another_dtype_is_converted():
     attend_pool(q, low, plan_batch(slots, new), Rule(0.125), out)
     want = expected(q, low, slots, new, Rule(0.125))
     torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=2e-5)
+
+
+def test_layers_whose_rows_lie_differently_share_a_plan(kernel):
+    slots, new = slots_of([30, 8], True), [1, 1]
+    plan = plan_batch(slots, new, kernel=kernel)
+    for heads, dims in (((4, 2), (64, 64)), ((4, 4), (64, 64)), ((4, 2), (64, 32))):
+        q, k, v = random_qkv(2, POOL, heads, dims)
+        out = torch.empty(2, heads[0], dims[1])
+        attend_pool(q, KV(k, v), plan, Rule(0.1), out)
+        want = expected(q, KV(k, v), slots, new, Rule(0.1))
+        torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=2e-5)

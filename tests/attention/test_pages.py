@@ -92,6 +92,16 @@ def test_scores_far_apart_neither_overflow_nor_vanish(attention, dtype):
     world.check(attention, scale=40.0, tolerance=1e-3)
 
 
+def test_a_key_far_below_the_others_has_no_weight_at_all(attention):
+    q, k, v = (torch.ones(1, 1, 8), torch.zeros(40, 1, 8), torch.ones(40, 1, 8))
+    k[7], v[7] = -100, 3e38
+    k[8], v[8] = -torch.inf, 1e30
+    table, memories = pool_table([np.arange(40)], k, v)
+    out, lse = torch.empty(1, 1, 8), torch.empty(1, 1)
+    attention.attend_pages(q, table, memories, out, lse, scale=1.0)
+    torch.testing.assert_close(out, torch.ones(1, 1, 8))
+
+
 def test_all_scores_may_be_very_negative(attention):
     q, k, v = random_qkv(1, 300)
     q[..., 0], k[..., 0] = 1e4, -1e4
@@ -207,6 +217,13 @@ def test_units_cover_each_token_once_in_order_and_are_none_too_long(requests, un
     assert (np.diff(table.unit_requests) >= 0).all()
 
 
+def test_a_long_context_leaves_no_more_states_than_are_merged_quickly():
+    layout = pool_rows(torch.empty(1, 1, 8), torch.empty(1, 1, 8))
+    for tokens, most in ((256, 1), (2560, 10), (1_000_000, 1100)):
+        table = plan_pages([[slot_run(np.arange(tokens))], []], layout)
+        assert 0 < len(table.unit_requests) <= most
+
+
 def test_the_result_is_the_same_bits_with_any_number_of_threads():
     world = PageWorld([[300] * 7, [16] * 40, [5]], [1, 1, 1], (8, 2), (64, 64), torch.bfloat16)
     results = []
@@ -237,6 +254,17 @@ def test_threads_start_when_they_are_needed_and_end_with_the_kernel():
     kernel.close()
     kernel.close()
     assert (threading.active_count(), len(os.listdir("/proc/self/task"))) == before
+
+
+def test_a_call_takes_no_more_threads_than_it_has_work_for():
+    """Also where more were started: those left out must not take a part."""
+    kernel = native(VARIANTS[0], threads=4)
+    big, small = PageWorld([[300] * 4], [1]), PageWorld([[300]], [1])
+    for _ in range(50):
+        big.check(kernel)
+        small.check(kernel)
+    assert kernel.started == 3
+    kernel.close()
 
 
 def test_a_forked_process_starts_threads_of_its_own():
@@ -291,6 +319,7 @@ def bad_calls():
     q, k, v = random_qkv(2, 50)
     table, memories = pool_table([np.arange(50), np.arange(3)], k, v)
     short = [Memory(m.k, m.v, m.k_bytes - 1, m.v_bytes) for m in memories]
+    short_v = [Memory(m.k, m.v, m.k_bytes, m.v_bytes - 1) for m in memories]
     bytes_ = pool_table([np.arange(5)], k.byte(), v.byte())
     good = {"q": q, "table": table, "memories": memories, "out": torch.empty(2, 4, 64),
             "lse": torch.empty(2, 4)}  # fmt: skip
@@ -305,6 +334,7 @@ def bad_calls():
         ({"lse": torch.empty(2, 2)}, "lse must be"),
         ({"memories": []}, "1 memories, 0 are given"),
         ({"memories": short}, "behind its"),
+        ({"memories": short_v}, "behind its"),
         ({"q": q[:1], "table": bytes_[0], "memories": bytes_[1]}, "say which float8"),
     ]
 
