@@ -23,6 +23,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from smg_sglang.attention import decode
 from smg_sglang.attention.batch import KV, BatchPlan, Rule, attend_new, attend_pool, plan_batch
+from smg_sglang.attention.page_attention import find_native
 from smg_sglang.engine.attention.layers import ExtendAndDecode, asked_in_vain
 from smg_sglang.engine.streams.table import host_parts, of_batch
 from smg_sglang.errors import ConfigError
@@ -39,7 +40,9 @@ class CpuAttentionBackend(ExtendAndDecode, TorchNativeAttnBackend):
         super().__init__(model_runner)
         self.plan: BatchPlan | None = None
         self._windowed: dict[tuple[int, bool], BatchPlan] = {}
-        decode.warm_up(self.token_to_kv_pool.dtype)
+        self._kernel = find_native(torch.get_num_threads())
+        if self._kernel is None:
+            decode.warm_up(self.token_to_kv_pool.dtype)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan the batch; SGLang calls this once before the layers of a forward pass."""
@@ -56,11 +59,11 @@ class CpuAttentionBackend(ExtendAndDecode, TorchNativeAttnBackend):
         streams = of_batch(forward_batch)
         if not any(stream is not None and stream.resident_from for stream in streams):
             slots = [table[row, :length] for row, length in zip(rows, lengths, strict=True)]
-            return plan_batch(slots, new)
+            return plan_batch(slots, new, kernel=self._kernel)
         begins, hosts, reader = host_parts(streams)
         where = zip(rows, begins, lengths, strict=True)
         slots = [table[row, begin:length] for row, begin, length in where]
-        return plan_batch(slots, new, hosts, reader)
+        return plan_batch(slots, new, hosts, reader, self._kernel)
 
     def _plan_window(self, forward_batch: ForwardBatch, layer: RadixAttention) -> BatchPlan:
         """For layers with this window: of what comes before the new tokens only what it holds."""
@@ -74,7 +77,8 @@ class CpuAttentionBackend(ExtendAndDecode, TorchNativeAttnBackend):
             ]
             if translated:
                 slots = [pool.translate_loc_from_full_to_swa(each) for each in slots]
-            self._windowed[window, translated] = plan_batch(slots, _shape_of(forward_batch)[2])
+            new = _shape_of(forward_batch)[2]
+            self._windowed[window, translated] = plan_batch(slots, new, kernel=self._kernel)
         return self._windowed[window, translated]
 
     def _forward(  # noqa: PLR0917  # SGLang's signature
