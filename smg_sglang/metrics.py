@@ -24,8 +24,8 @@ PUBLISH_EVERY_S = 2.0
 class TierCounters:
     """What one worker has seen of the host tier since it started.
 
-    Scheduler thread: hit_tokens, lookups, prefetched_tokens. Loader thread: loaded_*. Spill thread:
-    spilled_*. `dropped_pages` is by reason: memory_full, queue_full, unavailable, error, closed.
+    Scheduler thread only; `dropped_pages`, by reason, is what was to be copied before the scheduler
+    went on. What copies in the background count is theirs (`SpillQueue`, `LayerLoads`).
     """
 
     hit_tokens: Counter[str] = field(default_factory=Counter)

@@ -28,7 +28,8 @@ class Part:
 
 
 class LoadBacks:
-    """Scheduler thread only; no method but `finish` waits. A lease is released after its load."""
+    """Scheduler thread only; no method but `finish` and `finish_all` waits. A lease is released
+    after its load."""
 
     def __init__(
         self,

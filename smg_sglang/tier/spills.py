@@ -33,7 +33,8 @@ class _Written:
 
 
 class Spills:
-    """Scheduler thread only, but `drain`. None raises: what host memory cannot take is counted."""
+    """Scheduler thread only, but `queue.drain` and `dropped_pages`. None raises: what host memory
+    cannot take is counted."""
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
-"""The name `smg` for `--attention-backend`; the backends are in `cpu_attention` and
-`cuda_attention`.
+"""The name `smg` for `--attention-backend`; the backends are in `cpu` and `cuda` beside
+this module.
 
 Light to import: SGLang calls `register` in each of its processes, and most compute nothing.
 """
@@ -46,7 +46,7 @@ def expand_prefixes() -> None:
 
 def create(model_runner: Any) -> Any:
     """Return the backend for this model runner: ours on a CPU; on CUDA SGLang's own for FlashInfer,
-    or one of `cuda_attention` where contexts may be larger than the device.
+    or one of `cuda` where contexts may be larger than the device.
 
     Raises ConfigError for other devices, and for models that cannot be streamed on CUDA.
     """

@@ -3,7 +3,7 @@
 There are three, for what `attention/kernels.py` chooses: over SGLang's backends for FlashInfer and
 for FlashInfer's MLA, and over its Triton backend for what FlashInfer has no kernels for. A batch
 that is all on the device is SGLang's own in every respect, CUDA graphs included. One that reads
-host memory runs without graphs (`cuda_graphs` makes SGLang's graph runners ask `can_run_graph`):
+host memory runs without graphs (`graphs` makes SGLang's graph runners ask `can_run_graph`):
 how many segments it reads differs from step to step, and a graph could not wait for copies.
 
 **MLA.** SGLang's models choose by the backend's name how to compute: prompts over keys and values

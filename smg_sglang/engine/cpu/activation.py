@@ -3,7 +3,7 @@
 SGLang finds `activate` through the entry point group `sglang.srt.platforms`. In its tree a CPU
 needs a hand-built sgl_kernel; as an out-of-tree platform SGLang takes its pure torch paths.
 Only torch (which SGLang has imported by then) and the standard library are imported here at
-activation; the platform class itself is in `cpu_platform`, loaded when it is chosen.
+activation; the platform class itself is in `platform`, loaded when it is chosen.
 """
 
 from __future__ import annotations
