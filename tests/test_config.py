@@ -1,7 +1,16 @@
 import pytest
 
 from smg_sglang.box import GIB, BoxMemory
-from smg_sglang.config import DEFAULT_EVICTION, EvictionName, WritePolicy, checks, make_config
+from smg_sglang.config import (
+    DEFAULT_EVICTION,
+    DEFAULT_SPLIT_TOKENS,
+    OPTIONS,
+    EvictionName,
+    SmgConfig,
+    WritePolicy,
+    checks,
+    make_config,
+)
 from smg_sglang.config.flags import from_environment
 from smg_sglang.errors import ConfigError
 
@@ -37,6 +46,9 @@ def test_more_than_is_free_is_refused(monkeypatch):
         ({"page_size": 12}, r"--smg-page-size .* must be a power of two"),
         ({"page_size": 256}, r"--smg-page-size .* must be a power of two"),
         ({"lookup_timeout_ms": 0}, "--smg-lookup-timeout-ms"),
+        ({"lookup_timeout_ms": 20_000}, "above 0 and at most 10000 milliseconds, not 20000"),
+        ({"lookup_timeout_ms": float("nan")}, "above 0 and at most 10000 milliseconds, not nan"),
+        ({"stream_context": True, "prefill_workers": 1}, "--smg-stream-context cannot be combined"),
         ({"memory_address": "tcp://1.2.3.4:5"}, "--smg-memory must be"),
         ({"memory_address": "/" + "x" * 119}, "--smg-memory is longer than"),
         ({"memory_address": "relative/dir"}, "--smg-memory must be"),
@@ -84,3 +96,25 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch):
     monkeypatch.setenv("SMG_ENABLE", "1")
     monkeypatch.setenv("SMG_HOST_GB", "")
     assert from_environment() == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [("host_gb", ".5", 0.5), ("host_gb", " 1 ", 1.0), ("page_size", "016", 16)],
+)
+def test_numbers_are_read_as_on_the_command_line(monkeypatch, name, text, value):
+    monkeypatch.setenv("SMG_ENABLE", "1")
+    monkeypatch.setenv(f"SMG_{name.upper()}", text)
+    assert from_environment() == {name: value}
+
+
+def test_the_default_in_words_is_the_value():
+    assert OPTIONS["page_size"].default == str(SmgConfig.page_size)
+    assert OPTIONS["lookup_timeout_ms"].default == f"{SmgConfig.lookup_timeout_ms:g}"
+    assert OPTIONS["write_policy"].default == SmgConfig.write_policy
+
+
+def test_tokens_that_split_a_prompt_depend_on_the_device():
+    for device, tokens in DEFAULT_SPLIT_TOKENS.items():
+        chosen = make_config(host_gb=0.1, prefill_workers=1, device=device)
+        assert chosen.split_tokens == tokens

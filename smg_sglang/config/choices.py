@@ -46,7 +46,6 @@ class SmgConfig:
         WritePolicy.WRITE_THROUGH,
         "Copy a prefix to host memory as soon as it is computed (write_through), on its second use "
         "(selective), or when the device evicts it (write_back)",
-        "write_through",
     )
     memory_address: str | None = option(
         None,
@@ -67,14 +66,12 @@ class SmgConfig:
     page_size: int = option(
         16,
         f"Tokens a page, a power of two from 1 to {MAX_PAGE_SIZE}, where --page-size is not given",
-        "16",
         metavar="TOKENS",
     )
     lookup_timeout_ms: float = option(
         20.0,
         "The longest that scheduling waits for the memory server, in milliseconds; later than that "
         "is a miss",
-        "20",
         metavar="MS",
         above=0,
         most=10_000,
@@ -121,13 +118,11 @@ class SmgConfig:
         False,
         "Let a prompt be longer than the device's KV pool, up to host memory and the model's own "
         "limit: old pages stay in host memory and are attended from there",
-        "off",
     )
     prefetch: bool = option(
         False,
         "Load the host pages of requests that wait while the device has room, not layer by layer "
         "when they are admitted",
-        "off",
     )
     allow_untested_sglang: bool = option(
         False, f"Try an SGLang other than {', '.join(TESTED_SGLANG)}", "refuse"

@@ -24,10 +24,15 @@ def add_flags(group: _ActionsContainer) -> None:
 
 
 def add_memory_flags(group: _ActionsContainer, host_gb: float) -> None:
-    """Add those that shape a memory server, without our prefix; `host_gb` is the default."""
-    _add(group, "--host-gb", OPTIONS["host_gb"], host_gb, f"half of what is free, now {host_gb:g}")
-    eviction = OPTIONS["eviction_policy"]
-    _add(group, "--eviction-policy", eviction, DEFAULT_EVICTION.value, eviction.default)
+    """Add those that shape a memory server, without our prefix; `host_gb` is its default size."""
+    defaults = {
+        "host_gb": (host_gb, f"half of what is free, now {host_gb:g}"),
+        "eviction_policy": (DEFAULT_EVICTION.value, DEFAULT_EVICTION.value),
+    }
+    for field, option in OPTIONS.items():
+        if option.memory:
+            flag = "--" + option.flag.removeprefix("--smg-")
+            _add(group, flag, option, *defaults.get(field, (None, option.default)))
 
 
 def _add(group: _ActionsContainer, flag: str, option: Option, default: Any, told: str) -> None:

@@ -61,16 +61,14 @@ class Option:
         """
         called = called or self.flag
         try:
+            if isinstance(value, str) and self.type in (int, float):
+                value = self.type(value)
             value = msgspec.convert(value, self.type, strict=False)
-        except msgspec.ValidationError:
+        except ValueError:  # msgspec's are, too
             raise ConfigError(f"{called} must be {self._kind()}, not {value!r}.") from None
-        # Written so that NaN is refused.
-        if self.above is not None and not value > self.above:
-            raise ConfigError(self._sentence(called, f"above {self.above:g}", value))
-        if self.least is not None and not value >= self.least:
-            raise ConfigError(self._sentence(called, f"at least {self.least:g}", value))
-        if self.most is not None and not value <= self.most:
-            raise ConfigError(self._sentence(called, f"at most {self.most:g}", value))
+        if not self._is_within(value):
+            unit = f" {self.unit}" if self.unit else ""
+            raise ConfigError(f"{called} must be {self._bounds()}{unit}, not {value:g}.")
         return value
 
     def _kind(self) -> str:
@@ -78,12 +76,25 @@ class Option:
             return f"one of {', '.join(self.choices)}"
         return {int: "a whole number", float: "a number", bool: "0 or 1"}.get(self.type, "a text")
 
-    def _sentence(self, called: str, bound: str, value: float) -> str:
-        unit = f" {self.unit}" if self.unit else ""
-        return f"{called} must be {bound}{unit}, not {value:g}."
+    def _is_within(self, value: Any) -> bool:
+        """NaN is not."""
+        return (
+            (self.above is None or value > self.above)
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+        )
+
+    def _bounds(self) -> str:
+        bounds = {"above": self.above, "at least": self.least, "at most": self.most}
+        return " and ".join(f"{word} {x:g}" for word, x in bounds.items() if x is not None)
 
 
-def option(value: Any, text: str, default: str, name: str | None = None, **more: Any) -> Any:
+def option(
+    value: Any, text: str, default: str | None = None, name: str | None = None, **more: Any
+) -> Any:
+    """A field of that default; `default` says it in words where the value itself does not."""
+    if default is None:
+        default = "off" if value is False else f"{value:g}" if type(value) is float else str(value)
     metadata = {"text": text, "default": default, "name": name, **more}
     return dataclasses.field(default=value, metadata=metadata)
 

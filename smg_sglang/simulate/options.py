@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from argparse import ArgumentTypeError
 
-from smg_sglang.config import MAX_PAGE_SIZE
+from smg_sglang.config import MAX_PAGE_SIZE, WritePolicy
 
 _MOST = (1 << 31) - 1
 _MOST_GB = 1 << 20
@@ -62,6 +62,13 @@ def page_size(text: str) -> int:
     if value > MAX_PAGE_SIZE or value & (value - 1):
         raise ArgumentTypeError(f"must be a power of two from 1 to {MAX_PAGE_SIZE}, not {text!r}")
     return value
+
+
+def write_policy(text: str) -> WritePolicy:
+    """One of the server's."""
+    if text not in list(WritePolicy):
+        raise ArgumentTypeError(f"must be one of {', '.join(WritePolicy)}, not {text!r}")
+    return WritePolicy(text)
 
 
 def _finite(text: str) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from smg_sglang.config import DEFAULT_EVICTION, EvictionName, SmgConfig, WritePolicy
 from smg_sglang.simulate.model import ModelCost
-from smg_sglang.simulate.options import above_0, count, from_0, gib, page_size
+from smg_sglang.simulate.options import above_0, count, from_0, gib, page_size, write_policy
 from smg_sglang.trace.request import Request
 
 GIB = 1 << 30
@@ -18,8 +18,10 @@ def _flag(
     value: Any, metavar: str, read: Callable[[str], Any], text: str, default: str | None = None
 ) -> Any:
     """A field that `python -m smg_sglang simulate` has a flag for, of its name; see `flags`."""
-    told = f"{text} (default: {value if default is None else default})"
-    return field(default=value, metadata={"metavar": metavar, "type": read, "help": told})
+    if default is None:
+        default = f"{value:g}" if isinstance(value, float) else str(value)
+    told = {"metavar": metavar, "type": read, "help": f"{text} (default: {default})"}
+    return field(default=value, metadata=told)
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Settings:
     """
 
     model: ModelCost
-    device_tokens: int = _flag(0, "N", count, "the server's --max-total-tokens", "must be given")
+    device_tokens: int = _flag(
+        0, "N", count, "the server's --max-total-tokens", "none, it is needed"
+    )
     host_gb: float = _flag(0.0, "GIB", gib, "--smg-host-gb")
     page_size: int = _flag(SmgConfig.page_size, "TOKENS", page_size, "a power of two")
     eviction: EvictionName = DEFAULT_EVICTION
     write_policy: WritePolicy = _flag(
-        WritePolicy.WRITE_THROUGH, "NAME", WritePolicy, ", ".join(WritePolicy)
+        WritePolicy.WRITE_THROUGH, "NAME", write_policy, ", ".join(WritePolicy)
     )
     chunk_tokens: int = _flag(8192, "N", count, "--chunked-prefill-size")
     max_running: int = _flag(256, "N", count, "--max-running-requests")

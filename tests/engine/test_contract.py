@@ -17,7 +17,8 @@ from sglang.srt.mem_cache.base_prefix_cache import MatchResult
 from sglang.srt.mem_cache.unified_cache import unified_cache_linker
 
 from smg_sglang.engine.cache.linker import SmgLinker, device_pool
-from smg_sglang.engine.cache.radix_cache import SmgLinkerWrapper, SmgRadixCache
+from smg_sglang.engine.cache.linker_wrapper import SmgLinkerWrapper
+from smg_sglang.engine.cache.radix_cache import SmgRadixCache
 
 from .contract import needed_by
 

@@ -364,3 +364,13 @@ def test_a_memory_server_that_is_not_there_is_told_once(tmp_path, caplog):
     (told,) = [r for r in caplog.records if "no memory server for now" in r.getMessage()]
     assert told.levelname == "WARNING"
     assert "later" in told.getMessage() and "until it appears" in told.getMessage()
+
+
+def test_what_a_full_memory_has_no_room_for_is_counted(make_world):
+    world = make_world(host_bytes=1 << 20)
+    pages = (1 << 20) // world.tier.layout.page_bytes + 10
+    slots = torch.arange(PAGE).repeat(pages)
+    assert not world.tier.spills.spill_now(path_of(1, pages * PAGE), slots)
+    kept = world.tier.state()["memory"]["pages_ready"]
+    assert 0 < kept < pages
+    assert world.tier.counters.dropped_pages["memory_full"] == pages - kept

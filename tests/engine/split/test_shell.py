@@ -26,7 +26,7 @@ from sglang.srt.server_args import PortArgs, ServerArgs  # noqa: E402
 from smg_sglang.engine.options.record import ATTRIBUTE  # noqa: E402
 from smg_sglang.engine.split import launch as phase_launch  # noqa: E402
 from smg_sglang.engine.split import worker_link as phase_workers  # noqa: E402
-from smg_sglang.engine.split.controller import PhaseShell  # noqa: E402
+from smg_sglang.engine.split.shell import PhaseShell  # noqa: E402
 from tests.phase.fakes import ENDLESS, SILENT, SLOW, request, run_fake  # noqa: E402
 
 LIMIT_S = 30.0
