@@ -19,6 +19,16 @@ logger = logging.getLogger(__name__)
 LOOKUP_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 1.0)
 PUBLISH_EVERY_S = 2.0
 
+#: Label values that are there from the start: a rate does not see what a new series begins with.
+HIT_TIERS = ("device", "host")
+LOOKUP_RESULTS = ("hit", "miss", "unavailable")
+DROP_REASONS = ("memory_full", "queue_full", "unavailable", "error", "closed")
+
+
+def with_zeros(labels: Sequence[str], counted: Mapping[str, float]) -> dict[str, float]:
+    """`counted` by label, and 0 for those of `labels` that it lacks."""
+    return {**dict.fromkeys(labels, 0), **counted}
+
 
 @dataclass
 class TierCounters:
@@ -52,14 +62,19 @@ _SERIES: Table = {
     "smg:prefetched_tokens": ("counter", "Tokens loaded for requests that wait.", None),
     "smg:lookups": ("counter", "Lookups in host memory by result.", "result"),
     "smg:dropped_pages": ("counter", "Pages that were not kept in host memory.", "reason"),
+    "smg:waiting_spill_slots": ("gauge", "Device slots locked until they are copied.", None),
     "smg:spilled_bytes": ("counter", "Bytes copied from the device to host memory.", None),
     "smg:spill_seconds": ("counter", "Seconds spent copying to host memory.", None),
     "smg:loaded_bytes": ("counter", "Bytes loaded back from host memory to the device.", None),
     "smg:load_seconds": ("counter", "Seconds spent loading back from host memory.", None),
+    "smg:load_wait_seconds": ("counter", "CPU seconds that forwards waited for loads.", None),
+    "smg:failed_loads": ("counter", "Batches of loads that did not land whole.", None),
     "smg:host_pages": ("gauge", "Pages of the memory server by state.", "state"),
     "smg:host_bytes": ("gauge", "Size of the memory server's page memory in bytes.", None),
     "smg:leases": ("gauge", "Leases that pin host pages, over all servers attached.", None),
     "smg:evicted_pages": ("gauge", "Pages the memory server evicted since it started.", None),
+    "smg:short_pages": ("gauge", "Pages refused for want of memory since it started.", None),
+    "smg:refused_messages": ("gauge", "What the memory server turned away, by kind.", "kind"),
     "smg:memory_connected": ("gauge", "1 while the memory server answers, else 0.", None),
 }
 

@@ -20,7 +20,14 @@ from smg_sglang.errors import MemoryUnavailable
 from smg_sglang.memory.arena import Arena
 from smg_sglang.memory.client import Lease, MemoryConnection
 from smg_sglang.memory.namespace import Namespace
-from smg_sglang.metrics import Reading, TierCounters
+from smg_sglang.metrics import (
+    DROP_REASONS,
+    HIT_TIERS,
+    LOOKUP_RESULTS,
+    Reading,
+    TierCounters,
+    with_zeros,
+)
 from smg_sglang.tier.connections import BACKGROUND_TIMEOUT_S, Connections
 from smg_sglang.tier.found import MAX_HELD, FoundLeases
 from smg_sglang.tier.host_pages import HostPages
@@ -323,15 +330,18 @@ class HostTier:
         loading = (self.load_backs.loads, self.ahead)
         loads = [each.counters for each in loading if each is not None]
         reading: dict[str, Any] = {
-            "smg:hit_tokens": dict(self.counters.hit_tokens),
+            "smg:hit_tokens": with_zeros(HIT_TIERS, self.counters.hit_tokens),
             "smg:prompt_tokens": self.counters.prompt_tokens,
             "smg:prefetched_tokens": self.counters.prefetched_tokens,
-            "smg:lookups": dict(self.counters.lookups),
-            "smg:dropped_pages": dict(self.spills.dropped_pages()),
+            "smg:lookups": with_zeros(LOOKUP_RESULTS, self.counters.lookups),
+            "smg:dropped_pages": with_zeros(DROP_REASONS, self.spills.dropped_pages()),
+            "smg:waiting_spill_slots": self.spills.waiting_slots,
             "smg:spilled_bytes": sum(counters.bytes for counters in spills),
             "smg:spill_seconds": sum(counters.seconds for counters in spills),
             "smg:loaded_bytes": sum(counters.bytes for counters in loads),
             "smg:load_seconds": sum(counters.seconds for counters in loads),
+            "smg:load_wait_seconds": self.load_backs.loads.counter.blocked_seconds,
+            "smg:failed_loads": sum(counters.failed for counters in loads),
         }
         connection = self.connections.background()
         reading["smg:memory_connected"] = 0 if connection is None else 1
@@ -346,4 +356,10 @@ class HostTier:
             "smg:host_bytes": stats.arena_bytes,
             "smg:leases": stats.leases,
             "smg:evicted_pages": stats.total.pages_evicted,
+            "smg:short_pages": stats.total.pages_short,
+            "smg:refused_messages": {
+                "malformed": stats.malformed,
+                "stray": stats.strays,
+                "connection": stats.refused,
+            },
         }
