@@ -68,7 +68,7 @@ _SERIES: Table = {
     "smg:loaded_bytes": ("counter", "Bytes loaded back from host memory to the device.", None),
     "smg:load_seconds": ("counter", "Seconds spent loading back from host memory.", None),
     "smg:load_wait_seconds": ("counter", "CPU seconds that forwards waited for loads.", None),
-    "smg:failed_loads": ("counter", "Batches of loads that did not land whole.", None),
+    "smg:failed_loads": ("counter", "Batches of loads whose copy raised.", None),
     "smg:host_pages": ("gauge", "Pages of the memory server by state.", "state"),
     "smg:host_bytes": ("gauge", "Size of the memory server's page memory in bytes.", None),
     "smg:leases": ("gauge", "Leases that pin host pages, over all servers attached.", None),

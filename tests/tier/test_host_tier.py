@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from smg_sglang.config import SmgConfig, WritePolicy
+from smg_sglang.metrics import _SERIES
 from smg_sglang.tier import host_tier
 from smg_sglang.tier.host_tier import HostTier
 from smg_sglang.transfer.copy_rates import CopyRates
@@ -374,3 +375,10 @@ def test_what_a_full_memory_has_no_room_for_is_counted(make_world):
     kept = world.tier.state()["memory"]["pages_ready"]
     assert 0 < kept < pages
     assert world.tier.counters.dropped_pages["memory_full"] == pages - kept
+
+
+def test_every_series_has_a_reading_from_the_start(make_world):
+    reading = make_world().tier.read_metrics()
+    assert set(reading) == set(_SERIES)
+    for name, (_, _, label) in _SERIES.items():
+        assert not label or reading[name], name
