@@ -161,18 +161,31 @@ def device_pool(kvcache: Any, page_size: int) -> DevicePool:
     """One of SGLang's KV pools as byte rows.
 
     Raises:
-        ConfigError: a pool that is neither plain MHA/GQA nor plain MLA.
+        ConfigError: a pool that is neither plain MHA/GQA nor plain MLA, or has more of a token than
+            K and V (scales).
     """
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-    if type(kvcache) is MHATokenToKVPool:
+    if type(kvcache) is MHATokenToKVPool and not _has_scales(kvcache):
         return DevicePool.mha(kvcache.k_buffer, kvcache.v_buffer, page_size, kvcache.dtype)
-    if type(kvcache) is MLATokenToKVPool:
+    if has_latents(kvcache):
         return DevicePool.mla(kvcache.kv_buffer, page_size, kvcache.dtype)
     raise ConfigError(
         f"--enable-smg does not know the KV pool {type(kvcache).__name__} of this model or these "
         "flags; start without it."
     )
+
+
+def _has_scales(kvcache: Any) -> bool:
+    """Whether tokens have scales of their own beside K and V (fp4); fp8 has the model's."""
+    return kvcache.k_scale_buffer is not None or kvcache.native_k_scale_buffer is not None
+
+
+def has_latents(kvcache: Any) -> bool:
+    """Whether tokens are stored as MLA's latents, of which each rank has all."""
+    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+    return type(kvcache) is MLATokenToKVPool
 
 
 def _metrics(tier: HostTier, server_args: ServerArgs) -> TierMetrics:
