@@ -17,6 +17,7 @@ from smg_sglang.errors import ConfigError
 from smg_sglang.memory.namespace import Namespace
 from smg_sglang.metrics import TierMetrics
 from smg_sglang.tier.host_tier import HostTier
+from smg_sglang.tier.ranks import Ranks
 from smg_sglang.tier.windows import WindowLayers
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import BeforeCopy, random_delay
@@ -54,14 +55,15 @@ class SmgLinker(UnifiedCacheLinker):
         pool, layers = full_layers(kvcache, page_size)
         windows = window_layers(kvcache, page_size, params.sliding_window_size)
         parallel = get_parallel()
+        ranks = Ranks(parallel.attn_tp_rank, parallel.attn_tp_size, alike=has_latents(kvcache))
         namespace = Namespace(
             model=model_identity(server_args),
             dtype=pool.layout.dtype,
             layout=pool.layout.describe(),
             page_size=params.page_size,
             page_bytes=pool.layout.page_bytes,
-            tp_rank=parallel.attn_tp_rank,
-            tp_size=parallel.attn_tp_size,
+            tp_rank=ranks.shard,
+            tp_size=ranks.shards,
         )
         self.forward_stream = forward_stream
         self.tier = HostTier(
@@ -71,6 +73,7 @@ class SmgLinker(UnifiedCacheLinker):
             pool,
             layers=layers,
             windows=windows,
+            ranks=ranks,
             forward_streams=() if forward_stream is None else (forward_stream,),
             before_copy=_test_delay(),
         )
