@@ -90,8 +90,11 @@ def test_the_first_pages_stay_held_where_the_others_are_let_go(make_world):
     assert pages.num_held == 2
 
 
-def test_ranks_that_look_at_the_same_moment_leave_a_gigabyte_together(make_world, monkeypatch):
-    world = make_world(ranks=Ranks(size=8))
+@pytest.mark.parametrize("alike", [False, True])
+def test_ranks_that_look_at_the_same_moment_leave_a_gigabyte_together(
+    make_world, monkeypatch, alike
+):
+    world = make_world(ranks=Ranks(size=8, alike=alike))
     slots, pages = slots_at(0, 40), world.tier.pages
     wanted = 8 * len(slots) // PAGE * world.tier.layout.page_bytes
     for available, fits in ((wanted - 1, False), (wanted, True)):

@@ -24,7 +24,8 @@ class World:
             directory, host_bytes, ranks=pair[0], before_copy=before_copy
         )
         self.second = test_host_tier.World(directory, ranks=pair[1], server=self.first.server)
-        self.ranks = (self.first, self.second)
+        # The second goes first: what it did would stand, were it to write.
+        self.ranks = (self.second, self.first)
         together = Barrier(2, timeout=10)
         for rank in self.ranks:
             rank.tier.pages.wait_for_ranks = together.wait
@@ -38,11 +39,11 @@ class World:
         """Each rank computes the same KV into slots of its own; which it is to have then."""
         for world, slots in zip(self.ranks, self.slots(tokens), strict=True):
             world.write(seed, slots)
-        return self.first.read(self.slots(tokens)[0])
+        return self.first.read(self.slots(tokens)[1])
 
     @staticmethod
     def slots(tokens):
-        return slots_at(0, tokens), slots_at(100, tokens)
+        return slots_at(100, tokens), slots_at(0, tokens)
 
     def close(self):
         self.second.tier.close()
@@ -70,7 +71,7 @@ def test_what_both_ranks_spill_is_in_memory_once_and_read_by_both(make_world):
         rank.tier.spills.submit(path_of(1, 32), slots, own_slots=32)
         assert rank.completed() == [True]
     assert world.first.tier.state()["memory"]["pages_ready"] == 8
-    assert copied(world) == [True, False]
+    assert copied(world) == [False, True]
     for rank in world.ranks:
         assert rank.tier.lookups.find("r", path_of(1, 40), 0) == 8
     assert leases(world.first) == 2, "each rank keeps what it reads"
@@ -87,7 +88,7 @@ def test_what_leaves_the_device_at_once_is_written_once(make_world):
     for rank, slots in zip(world.ranks, world.slots(32), strict=True):
         assert rank.tier.spills.spill_now(path_of(1, 32), slots)
         rank.write(2, slots)
-    assert copied(world) == [True, False]
+    assert copied(world) == [False, True]
     assert world.first.tier.state()["memory"]["pages_ready"] == 8
     for rank in world.ranks:
         assert rank.tier.lookups.find("r", path_of(1, 32), 0) == 8
@@ -100,7 +101,7 @@ def test_a_slower_rank_reads_on_after_the_other_is_done(make_world):
     it."""
     world = make_world()
     before = world.compute(0, 16)
-    world.first.tier.spills.spill_now(path_of(0, 16), world.slots(16)[0])
+    world.first.tier.spills.spill_now(path_of(0, 16), world.slots(16)[1])
     for rank in world.ranks:
         assert rank.tier.lookups.find("r", path_of(0, 16), 0) == 4
     assert world.first.load("r", slots_at(200, 16))
@@ -122,7 +123,7 @@ def test_a_writer_that_dies_leaves_nothing_half_written(make_world):
     world = make_world(before_copy=hold)
     world.compute(1, 16)
     spills = world.first.tier.spills
-    spills.submit(path_of(1, 16), world.slots(16)[0], own_slots=16)
+    spills.submit(path_of(1, 16), world.slots(16)[1], own_slots=16)
     assert begun.wait(10)
     assert world.second.tier.state()["memory"]["pages_writing"] == 4
     connection = world.first.tier.connections.background()
@@ -137,13 +138,13 @@ def test_a_writer_that_dies_leaves_nothing_half_written(make_world):
 def test_after_new_weights_both_ranks_have_the_same_namespace_again(make_world):
     world = make_world()
     world.compute(1, 16)
-    world.first.tier.spills.spill_now(path_of(1, 16), world.slots(16)[0])
+    world.first.tier.spills.spill_now(path_of(1, 16), world.slots(16)[1])
     for rank in world.ranks:
         rank.tier.weights_changed("new")
         rank.connected()
         assert rank.tier.lookups.find("r", path_of(1, 16), 0) == 0
     before = world.compute(2, 16)
-    world.first.tier.spills.spill_now(path_of(2, 16), world.slots(16)[0])
+    world.first.tier.spills.spill_now(path_of(2, 16), world.slots(16)[1])
     assert world.second.tier.lookups.find("s", path_of(2, 16), 0) == 4
     assert world.second.load("s", slots_at(200, 16))
     assert torch.equal(world.second.read(slots_at(200, 16)), before)
@@ -175,7 +176,7 @@ def test_what_one_rank_finds_too_late_it_keeps_to_itself(make_world, monkeypatch
     before = world.compute(1, 40)
     monkeypatch.setattr(world.second.tier.pages, "_connection", lambda: None)
     kept = keep(world)
-    assert [held[0].lease is None for held in kept] == [False, True]
+    assert [held[0].lease is None for held in kept] == [True, False]
     for rank, held in zip(world.ranks, kept, strict=True):
         assert torch.equal(bytes_of(held, rank), before)
 
