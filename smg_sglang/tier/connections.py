@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
-
 import msgspec
 
 from smg_sglang.errors import MemoryUnavailable
@@ -92,12 +90,12 @@ class Connections:
         self._flush_owed = True
         self.connection()
 
-    def weights_changed(self) -> None:
-        """Take a namespace that nobody else has."""
+    def weights_changed(self, model: str) -> None:
+        """Take the namespace of `model`, which nobody else knows."""
         if self._private:
             # Nobody will ever find the pages of the former update again.
             self.flush()
-        self.namespace = msgspec.structs.replace(self.namespace, model=uuid.uuid4().hex)
+        self.namespace = msgspec.structs.replace(self.namespace, model=model)
         self._retired.append(self._pair)
         self._pair = _Pair(self.address, self.namespace, self.mappings)
         self._private, self._flush_owed = True, False

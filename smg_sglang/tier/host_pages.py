@@ -20,6 +20,7 @@ from smg_sglang.attention.host import HostRun
 from smg_sglang.box import box_memory
 from smg_sglang.errors import MemoryUnavailable
 from smg_sglang.memory.client import Lease, MemoryConnection, Reservation
+from smg_sglang.tier.ranks import ALONE, Ranks
 from smg_sglang.transfer.mover import BeforeCopy, Mover
 from smg_sglang.transfer.spills import SpillCounters
 from smg_sglang.tree.page_keys import KEY_BYTES
@@ -71,13 +72,13 @@ class HostPages:
         mover: Mover,
         *,
         timeout_s: float,
-        ranks: int = 1,
+        ranks: Ranks = ALONE,
         before_copy: BeforeCopy | None = None,
     ) -> None:
         """
         Args:
             connection: the scheduler's, or None while the server is away.
-            ranks: how many workers do the same at the same time.
+            ranks: who does the same at the same time.
         """
         self._connection = connection
         self._release = release
@@ -88,16 +89,22 @@ class HostPages:
         self._before_copy = before_copy
         self.counters = SpillCounters()
         """Of copies on this thread; those of the spill thread have theirs."""
+        self.wait_for_ranks: Callable[[], object] = lambda: None
+        """Returns once every rank has called it."""
         self.num_held = 0
         """Runs that are held."""
 
     def find(self, path: bytes) -> list[Held]:
         """Hold what host memory has of `path`, from its first page on; [] for a miss."""
-        try:
-            return self._leased(path, 0)
-        except MemoryUnavailable as error:
-            logger.warning("smg: a lookup counts as a miss: %s", error)
-            return []
+
+        def ask() -> list[Held]:
+            try:
+                return self._leased(path, 0)
+            except MemoryUnavailable as error:
+                logger.warning("smg: a lookup counts as a miss: %s", error)
+                return []
+
+        return self._in_turn(ask)
 
     def keep(self, path: bytes, first: int, slots: torch.Tensor, shared: bool = True) -> list[Held]:
         """Copy pages `path[first:]` to host memory and hold them; the bytes are there on return.
@@ -110,13 +117,16 @@ class HostPages:
         Raises:
             MemoryUnavailable: neither the server nor the box has memory for them; nothing is held.
         """
-        held: list[Held] = []
-        try:
-            if shared:
+
+        def share() -> list[Held]:
+            try:
                 self.publish(path, slots, first)
-                held = self._leased(path, first)
-        except MemoryUnavailable as error:
-            logger.warning("smg: pages of a long context stay with this worker: %s", error)
+                return self._leased(path, first)
+            except MemoryUnavailable as error:
+                logger.warning("smg: pages of a long context stay with this worker: %s", error)
+                return []
+
+        held = self._in_turn(share) if shared else []
         done = pages_of(held)
         try:
             rest = slots[done * self._page_size :]
@@ -146,6 +156,15 @@ class HostPages:
         self.num_held -= len(held)
         held.clear()
 
+    def _in_turn(self, ask: Callable[[], list[Held]]) -> list[Held]:
+        """Ask once host memory has all that the first rank writes: its own answer says so. (What a
+        rank misses all the same, it keeps to itself.)"""
+        if not self._ranks.take_turns:
+            return ask()
+        mine = ask() if self._ranks.writes else None
+        self.wait_for_ranks()
+        return ask() if mine is None else mine
+
     def _leased(self, path: bytes, first: int) -> list[Held]:
         connection = self._connection()
         if connection is None or len(path) <= first * KEY_BYTES:
@@ -157,7 +176,8 @@ class HostPages:
 
     def publish(self, path: bytes, slots: torch.Tensor, first: int = 0) -> int:
         """Copy what host memory lacks of `path` and publish it, before returning; the number of
-        pages of the path that it has then, fewer than all where it is full.
+        pages of the path that it has then, fewer than all where it is full. Where another rank
+        writes the same bytes, that is its business.
 
         Args:
             slots: int64, device slots of pages `first` and on; host memory has what is before.
@@ -166,6 +186,8 @@ class HostPages:
             MemoryUnavailable: the server is away or slow, or it lacks pages before `first`.
             CopyFailed: the copy failed.
         """
+        if not self._ranks.writes:
+            return len(path) // KEY_BYTES
         connection = self._connection()
         if connection is None:
             raise MemoryUnavailable("the memory server is away")
@@ -194,7 +216,7 @@ class HostPages:
         pages = slots.numel() // self._page_size
         size = pages * self._mover.layout.page_bytes
         # All ranks look before any of them takes.
-        if box_memory().available < size * self._ranks + SPARE_BYTES:
+        if box_memory().available < size * self._ranks.size + SPARE_BYTES:
             raise MemoryUnavailable(
                 f"host memory has no room for {pages * self._page_size} tokens "
                 f"({size / 2**20:.0f} MiB) more of a long context"

@@ -33,6 +33,7 @@ from smg_sglang.tier.found import MAX_HELD, FoundLeases
 from smg_sglang.tier.host_pages import HostPages
 from smg_sglang.tier.load_backs import LoadBacks, Part
 from smg_sglang.tier.lookups import Lookups
+from smg_sglang.tier.ranks import ALONE, Ranks
 from smg_sglang.tier.spills import Spills
 from smg_sglang.tier.trail import Trail
 from smg_sglang.tier.windows import WindowLayers
@@ -68,6 +69,7 @@ class HostTier:
         *,
         layers: Sequence[int] = (),
         windows: Sequence[WindowLayers] = (),
+        ranks: Ranks = ALONE,
         forward_streams: Sequence[object] = (),
         before_copy: BeforeCopy | None = None,
     ) -> None:
@@ -82,7 +84,7 @@ class HostTier:
         self.config = config
         self.counters = TierCounters()
         self.layout, self.device, self.before_copy = pool.layout, pool.device, before_copy
-        self._ranks = namespace.tp_size
+        self._ranks = ranks
         self._timeout_s = config.lookup_timeout_ms / 1000
         self._arena: Arena | None = None
         self._host_pages = 0
@@ -124,7 +126,7 @@ class HostTier:
             self.trails.append(trail)
 
     def _make_parts(self, loader: Mover) -> None:
-        one_rank, before_copy = self._ranks == 1, self.before_copy
+        one_rank, before_copy = self._ranks.size == 1, self.before_copy
         pool_pages = self._mover.pool.num_slots // self.layout.page_size
         self._found: FoundLeases[Lease] = FoundLeases(
             self.release, MAX_HELD if one_rank else 1 << 30
@@ -151,6 +153,7 @@ class HostTier:
             self.pages,
             self.connections.background,
             self.counters,
+            writes=self._ranks.writes,
             max_waiting_pages=max(1, int(pool_pages * MAX_WAITING_SHARE)),
             trails=self.trails,
             before_copy=before_copy,
@@ -225,15 +228,15 @@ class HostTier:
         for connections in self._all_connections:
             connections.flush()
 
-    def weights_changed(self) -> None:
-        """From now on pages are another model's: nobody else has computed them.
+    def weights_changed(self, model: str) -> None:
+        """From now on pages are those of `model`, a name that only the ranks of this worker know.
 
         Completed spills stay to be popped: their nodes are locked until then. What requests still
         read of the former weights stays theirs until they end.
         """
         self._quiesce()
         for connections in self._all_connections:
-            connections.weights_changed()
+            connections.weights_changed(model)
         self._close_retired()
 
     def _quiesce(self) -> None:
@@ -254,7 +257,7 @@ class HostTier:
         if connection is not None:
             self._close_retired()
             geometry, arena = connection.geometry, connection.arena
-            slabs = arena.nbytes // geometry.slab_bytes // self._ranks
+            slabs = arena.nbytes // geometry.slab_bytes // self._ranks.shards
             self._host_pages = slabs * geometry.pages_per_slab
         return self._host_pages * self.layout.page_size
 

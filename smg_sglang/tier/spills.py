@@ -31,6 +31,23 @@ class _Written:
     connection: MemoryConnection
     reservation: Reservation
 
+    def publish(self) -> None:
+        self.connection.publish(self.reservation)
+
+    def abandon(self) -> None:
+        self.connection.abandon(self.reservation)
+
+
+@dataclass(frozen=True)
+class _WrittenElsewhere:
+    """Another rank writes the same bytes."""
+
+    def publish(self) -> None:
+        """It does that, too."""
+
+    def abandon(self) -> None:
+        """Nothing was reserved."""
+
 
 class Spills:
     """Scheduler thread only, but `queue.drain` and `dropped_pages`. None raises: what host memory
@@ -43,6 +60,7 @@ class Spills:
         background: Callable[[], MemoryConnection | None],
         counters: TierCounters,
         *,
+        writes: bool,
         max_waiting_pages: int,
         trails: Sequence[Trail] = (),
         before_copy: BeforeCopy | None = None,
@@ -50,6 +68,7 @@ class Spills:
         """
         Args:
             background: the connection of the spill thread.
+            writes: False where another rank writes the same bytes: nothing is copied here.
             max_waiting_pages: whose slots may be locked until they are copied.
             trails: layers with windows, whose pages go with those of the others.
         """
@@ -57,11 +76,11 @@ class Spills:
         self._pages = pages
         self._background = background
         self._counters = counters
-        self.queue: SpillQueue[bytes, _Written] = SpillQueue(
+        self.queue: SpillQueue[bytes, _Written | _WrittenElsewhere] = SpillQueue(
             mover,
-            reserve=self._reserve,
-            publish=lambda written: written.connection.publish(written.reservation),
-            abandon=lambda written: written.connection.abandon(written.reservation),
+            reserve=self._reserve if writes else _nothing_to_write,
+            publish=lambda written: written.publish(),
+            abandon=lambda written: written.abandon(),
             max_waiting_pages=max_waiting_pages,
             before_copy=before_copy,
         )
@@ -130,7 +149,7 @@ class Spills:
         self._counters.dropped_pages[reason] += pages
         return False
 
-    def _reserve(self, path: bytes) -> SpillTarget[_Written]:
+    def _reserve(self, path: bytes) -> SpillTarget[_Written | _WrittenElsewhere]:
         """Runs on the spill thread."""
         connection = self._background()
         if connection is None:
@@ -142,3 +161,12 @@ class Spills:
             offsets=np.asarray(reservation.offsets),
             first=reservation.have,
         )
+
+
+def _nothing_to_write(path: bytes) -> SpillTarget[_Written | _WrittenElsewhere]:
+    return SpillTarget(
+        handle=_WrittenElsewhere(),
+        arena=np.empty(0, np.uint8),
+        offsets=np.empty(0, np.int64),
+        first=len(path) // KEY_BYTES,
+    )

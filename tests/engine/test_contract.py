@@ -16,9 +16,10 @@ import torch
 from sglang.srt.mem_cache.base_prefix_cache import MatchResult
 from sglang.srt.mem_cache.unified_cache import unified_cache_linker
 
-from smg_sglang.engine.cache.linker import SmgLinker, device_pool
+from smg_sglang.engine.cache.linker import SmgLinker, device_pool, has_latents
 from smg_sglang.engine.cache.linker_wrapper import SmgLinkerWrapper
 from smg_sglang.engine.cache.radix_cache import SmgRadixCache
+from smg_sglang.errors import ConfigError
 
 from .contract import needed_by
 
@@ -324,23 +325,58 @@ def test_our_mark_survives_resolution_and_pickling():
     assert getattr(pickle.loads(pickle.dumps(record)), ATTRIBUTE) == {"config": {}}
 
 
-@needed_by("engine/cache/linker.py (device_pool)")
-def test_a_kv_pool_is_rows_of_slots_by_layer():
+def kv_pool(**more):
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-    pool = MHATokenToKVPool(
+    shape = {"size": 64, "page_size": PAGE, "head_num": 2, "head_dim": 16, "layer_num": 3}
+    where = {"device": "cpu", "enable_memory_saver": False}
+    return MHATokenToKVPool(**{"dtype": torch.float32} | shape | where | more)
+
+
+@needed_by("engine/cache/linker.py (device_pool)")
+def test_a_kv_pool_is_rows_of_slots_by_layer():
+    layout = device_pool(kv_pool(), PAGE).layout
+    assert (layout.num_layers, layout.page_size) == (3, PAGE)
+    assert layout.page_bytes == 3 * 2 * PAGE * (2 * 16 * 4)
+
+
+@needed_by("engine/cache/linker.py (device_pool)")
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_is_a_byte_an_element_and_no_more(dtype):
+    """SGLang keeps it as uint8; its scales, one a layer, are the model's."""
+    pool = kv_pool(dtype=dtype)
+    layout = device_pool(pool, PAGE).layout
+    assert pool.store_dtype is torch.uint8
+    assert layout.page_bytes == 3 * 2 * PAGE * (2 * 16)
+    assert layout.dtype == str(dtype).removeprefix("torch.")
+
+
+@needed_by("engine/cache/linker.py (device_pool)")
+def test_a_pool_with_scales_of_each_token_is_refused():
+    from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import FP4MXBlock16KVCacheMethod
+
+    pool = kv_pool(dtype=torch.float4_e2m1fn_x2, quant_method=FP4MXBlock16KVCacheMethod())
+    assert pool.k_scale_buffer is not None
+    with pytest.raises(ConfigError, match="does not know the KV pool MHATokenToKVPool"):
+        device_pool(pool, PAGE)
+
+
+@needed_by("engine/cache/linker.py (has_latents)")
+def test_a_pool_of_latents_is_rows_of_one_part():
+    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+    pool = MLATokenToKVPool(
         size=64,
         page_size=PAGE,
-        dtype=torch.float32,
-        head_num=2,
-        head_dim=4,
+        dtype=torch.bfloat16,
+        kv_lora_rank=32,
+        qk_rope_head_dim=8,
         layer_num=3,
         device="cpu",
         enable_memory_saver=False,
     )
-    layout = device_pool(pool, PAGE).layout
-    assert (layout.num_layers, layout.page_size) == (3, PAGE)
-    assert layout.page_bytes == 3 * 2 * PAGE * (2 * 4 * 4)
+    assert has_latents(pool) and not has_latents(kv_pool())
+    assert device_pool(pool, PAGE).layout.page_bytes == 3 * PAGE * (32 + 8) * 2
 
 
 @needed_by("engine/cache/radix_cache.py")

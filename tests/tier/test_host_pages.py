@@ -9,6 +9,7 @@ import torch
 from smg_sglang.engine.streams.limits import Limits
 from smg_sglang.errors import MemoryUnavailable
 from smg_sglang.tier import host_pages
+from smg_sglang.tier.ranks import Ranks
 from tests.tier.test_host_tier import (
     LAYERS,
     PAGE,
@@ -89,8 +90,11 @@ def test_the_first_pages_stay_held_where_the_others_are_let_go(make_world):
     assert pages.num_held == 2
 
 
-def test_ranks_that_look_at_the_same_moment_leave_a_gigabyte_together(make_world, monkeypatch):
-    world = make_world(tp_size=8)
+@pytest.mark.parametrize("alike", [False, True])
+def test_ranks_that_look_at_the_same_moment_leave_a_gigabyte_together(
+    make_world, monkeypatch, alike
+):
+    world = make_world(ranks=Ranks(size=8, alike=alike))
     slots, pages = slots_at(0, 40), world.tier.pages
     wanted = 8 * len(slots) // PAGE * world.tier.layout.page_bytes
     for available, fits in ((wanted - 1, False), (wanted, True)):
@@ -199,7 +203,7 @@ def test_new_weights_leave_held_pages_alone(make_world):
     world.write(1, slots)
     before = world.read(slots)
     held = world.tier.pages.keep(path_of(1, 40), 0, slots)
-    world.tier.weights_changed()
+    world.tier.weights_changed("new")
     world.connected()
     assert world.tier.pages.find(path_of(1, 40)) == []
     fill(world)
@@ -216,7 +220,7 @@ def test_connections_from_before_new_weights_stay_while_their_pages_are_held(mak
     world = make_world()
     slots = slots_at(0, 40)
     held = world.tier.pages.keep(path_of(1, 40), 0, slots)
-    world.tier.weights_changed()
+    world.tier.weights_changed("new")
     world.connected()
     world.tier.host_tokens()
     assert connections() == 4 and leases(world) == 1
@@ -224,7 +228,7 @@ def test_connections_from_before_new_weights_stay_while_their_pages_are_held(mak
     until(lambda: leases(world) == 0)
     world.tier.host_tokens()
     until(lambda: connections() == 2)
-    world.tier.weights_changed()
+    world.tier.weights_changed("newer")
     world.connected()
     until(lambda: connections() == 2)
 
@@ -271,8 +275,10 @@ def test_what_host_memory_could_hold_is_known(make_world):
     world = make_world(host_bytes=1 << 20)
     tokens = world.tier.host_tokens()
     assert 0.9 * (1 << 20) < tokens / PAGE * world.tier.layout.page_bytes <= 1 << 20
-    # Each of two ranks has a shard of every token there.
-    assert make_world(host_bytes=1 << 20, tp_size=2).tier.host_tokens() == tokens // 2
+    # Each of two ranks has a shard of every token there, unless all have the same.
+    for alike, times in ((False, 2), (True, 1)):
+        world = make_world(host_bytes=1 << 20, ranks=Ranks(size=2, alike=alike))
+        assert world.tier.host_tokens() == tokens // times
 
 
 @pytest.mark.parametrize("page", [1, 16, 128])

@@ -10,6 +10,7 @@ from smg_sglang.config import SmgConfig, WritePolicy
 from smg_sglang.metrics import _SERIES
 from smg_sglang.tier import host_tier
 from smg_sglang.tier.host_tier import HostTier
+from smg_sglang.tier.ranks import ALONE, Ranks
 from smg_sglang.transfer.copy_rates import CopyRates
 from smg_sglang.transfer.cpu import CpuMover
 from smg_sglang.transfer.layout import DevicePool
@@ -24,19 +25,19 @@ PAGE, LAYERS, SLOTS = 4, 3, 256
 class World:
     """A pool, a tier over it, and a memory server that can be replaced."""
 
-    def __init__(self, directory, host_bytes=1 << 20, *, tp_size=1, **options):
+    def __init__(self, directory, host_bytes=1 << 20, *, ranks=ALONE, server=None, **options):
         self.directory = directory
-        self.server = RunningServer(directory, host_bytes)
+        self.server = server or RunningServer(directory, host_bytes)
         rows = [torch.zeros(SLOTS, 2, 8) for _ in range(2 * LAYERS)]
         self.k, self.v = rows[:LAYERS], rows[LAYERS:]
         pool = DevicePool.mha(self.k, self.v, PAGE)
-        namespace = namespace_of(pool.layout, tp_size=tp_size)
+        namespace = namespace_of(pool.layout, tp_rank=ranks.shard, tp_size=ranks.shards)
         config = SmgConfig(
             memory_address=directory,
             write_policy=WritePolicy.WRITE_THROUGH,
             lookup_timeout_ms=200,
         )
-        self.tier = HostTier(config, directory, namespace, pool, **options)
+        self.tier = HostTier(config, directory, namespace, pool, ranks=ranks, **options)
         self.connected()
 
     def connected(self):
@@ -206,7 +207,7 @@ def test_a_flush_that_the_server_missed_is_made_up_before_the_next_lookup(make_w
 def test_other_weights_are_another_namespace(make_world):
     world = make_world()
     world.spill(1, 16, slots_at(0, 16))
-    world.tier.weights_changed()
+    world.tier.weights_changed("new")
     world.connected()
     assert world.tier.lookups.find("r", path_of(1, 16), 0) == 0
     assert world.spill(1, 16, slots_at(0, 16)) == [True]
@@ -218,15 +219,15 @@ def test_a_weight_update_leaves_completed_spills_to_be_popped(make_world):
     world = make_world()
     world.write(1, slots_at(0, 16))
     world.tier.spills.submit(path_of(1, 16), slots_at(0, 16), own_slots=16)
-    world.tier.weights_changed()
+    world.tier.weights_changed("new")
     assert world.tier.spills.num_completed() == 1
     assert world.tier.spills.pop_completed()
 
 
 def test_pages_of_a_former_weight_update_do_not_stay_in_memory(make_world):
     world = make_world()
-    for _ in range(3):
-        world.tier.weights_changed()
+    for update in "123":
+        world.tier.weights_changed(update)
         world.connected()
         assert world.spill(1, 16, slots_at(0, 16)) == [True]
     assert world.tier.state()["memory"]["pages_ready"] == 4
@@ -269,8 +270,8 @@ def test_without_a_server_everything_is_a_miss_and_nothing_raises(make_world):
 
 def test_a_lease_of_a_dead_server_is_refused_alone_and_good_among_ranks(make_world):
     """Alone we take the cautious way. Ranks must agree, and the mapping outlives the server."""
-    for tp_size, loaded in ((1, False), (2, True)):
-        world = make_world(tp_size=tp_size)
+    for size, loaded in ((1, False), (2, True)):
+        world = make_world(ranks=Ranks(size=size))
         world.spill(1, 16, slots_at(0, 16))
         world.tier.lookups.find("r", path_of(1, 16), 0)
         world.restart()
@@ -281,13 +282,13 @@ def test_a_lease_of_a_dead_server_is_refused_alone_and_good_among_ranks(make_wor
 
 def test_a_load_that_is_refused_is_computed_alone_and_fails_among_ranks(make_world, monkeypatch):
     """Alone it was never queued. The others among ranks have queued theirs: it has to fail later."""
-    for tp_size in (1, 2):
-        world = make_world(tp_size=tp_size)
+    for size in (1, 2):
+        world = make_world(ranks=Ranks(size=size))
         world.spill(1, 16, slots_at(0, 16))
         world.tier.lookups.find("r", path_of(1, 16), 0)
         monkeypatch.setattr(world.tier._mover, "prepare", refuse)
         queued = world.tier.load_backs.load("r", slots_at(100, 16))
-        assert queued is (tp_size > 1)
+        assert queued is (size > 1)
         index = world.tier.load_backs.start()
         assert (index >= 0) is queued
         if queued:

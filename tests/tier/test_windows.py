@@ -121,7 +121,7 @@ def test_what_was_found_is_given_back(world):
 def test_windows_of_former_weights_are_not_found(world):
     path = path_of(1, 8 * PAGE)
     world.spill(path, WINDOW)
-    world.tier.weights_changed()
+    world.tier.weights_changed("new")
     for connections in world.tier._all_connections:
         assert connections._pair.scheduler.wait(5)
     assert world.tier.trails[0].find("r", path) == 0

@@ -1,5 +1,6 @@
 """Small DeepSeek-V2 models with seeded random weights and the demo tokenizer: latent attention
-(MLA) without experts."""
+(MLA) without experts. Positions are scaled as in DeepSeek's own: SGLang 0.5.23 has no others for
+its latent attention on a CPU (`layers/rotary_embedding/factory.py`, `get_rope_cpu`)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ class Recipe(recipe.Recipe):
     """The widths of its heads and latents are DeepSeek's own, for which kernels are made."""
 
     FAMILY: ClassVar[str] = "deepseek"
-    REVISION: ClassVar[int] = 1
+    REVISION: ClassVar[int] = 2
 
     dtype: str = "bfloat16"  # or "float32": the same numbers
     heads: int = 16
@@ -34,6 +35,9 @@ class Recipe(recipe.Recipe):
         no_experts |= {"moe_intermediate_size": self.intermediate, "routed_scaling_factor": 1.0}
         no_experts |= {"n_group": 1, "topk_group": 1, "topk_method": "greedy"}
         no_experts |= {"scoring_func": "softmax", "norm_topk_prob": False}
+        scaling: dict[str, Any] = {"type": "yarn", "factor": 2.0, "beta_fast": 32, "beta_slow": 1}
+        scaling |= {"original_max_position_embeddings": self.context // 2}
+        scaling |= {"mscale": 0.707, "mscale_all_dim": 0.707}
         return {
             **tokens,
             **no_experts,
@@ -51,7 +55,7 @@ class Recipe(recipe.Recipe):
             "v_head_dim": self.value,
             "max_position_embeddings": self.context,
             "rope_theta": 10000.0,
-            "rope_scaling": None,
+            "rope_scaling": scaling,
             "rms_norm_eps": 1e-6,
             "hidden_act": "silu",
             "attention_bias": False,

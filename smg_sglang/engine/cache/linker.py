@@ -17,6 +17,7 @@ from smg_sglang.errors import ConfigError
 from smg_sglang.memory.namespace import Namespace
 from smg_sglang.metrics import TierMetrics
 from smg_sglang.tier.host_tier import HostTier
+from smg_sglang.tier.ranks import Ranks
 from smg_sglang.tier.windows import WindowLayers
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import BeforeCopy, random_delay
@@ -54,14 +55,15 @@ class SmgLinker(UnifiedCacheLinker):
         pool, layers = full_layers(kvcache, page_size)
         windows = window_layers(kvcache, page_size, params.sliding_window_size)
         parallel = get_parallel()
+        ranks = Ranks(parallel.attn_tp_rank, parallel.attn_tp_size, alike=has_latents(kvcache))
         namespace = Namespace(
             model=model_identity(server_args),
             dtype=pool.layout.dtype,
             layout=pool.layout.describe(),
             page_size=params.page_size,
             page_bytes=pool.layout.page_bytes,
-            tp_rank=parallel.attn_tp_rank,
-            tp_size=parallel.attn_tp_size,
+            tp_rank=ranks.shard,
+            tp_size=ranks.shards,
         )
         self.forward_stream = forward_stream
         self.tier = HostTier(
@@ -71,6 +73,7 @@ class SmgLinker(UnifiedCacheLinker):
             pool,
             layers=layers,
             windows=windows,
+            ranks=ranks,
             forward_streams=() if forward_stream is None else (forward_stream,),
             before_copy=_test_delay(),
         )
@@ -161,18 +164,31 @@ def device_pool(kvcache: Any, page_size: int) -> DevicePool:
     """One of SGLang's KV pools as byte rows.
 
     Raises:
-        ConfigError: a pool that is neither plain MHA/GQA nor plain MLA.
+        ConfigError: a pool that is neither plain MHA/GQA nor plain MLA, or has more of a token than
+            K and V (scales).
     """
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-    if type(kvcache) is MHATokenToKVPool:
+    if type(kvcache) is MHATokenToKVPool and not _has_scales(kvcache):
         return DevicePool.mha(kvcache.k_buffer, kvcache.v_buffer, page_size, kvcache.dtype)
-    if type(kvcache) is MLATokenToKVPool:
+    if has_latents(kvcache):
         return DevicePool.mla(kvcache.kv_buffer, page_size, kvcache.dtype)
     raise ConfigError(
         f"--enable-smg does not know the KV pool {type(kvcache).__name__} of this model or these "
         "flags; start without it."
     )
+
+
+def _has_scales(kvcache: Any) -> bool:
+    """Whether tokens have scales of their own beside K and V (fp4); fp8 has the model's."""
+    return kvcache.k_scale_buffer is not None or kvcache.native_k_scale_buffer is not None
+
+
+def has_latents(kvcache: Any) -> bool:
+    """Whether tokens are stored as MLA's latents, of which each rank has all."""
+    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+    return type(kvcache) is MLATokenToKVPool
 
 
 def _metrics(tier: HostTier, server_args: ServerArgs) -> TierMetrics:

@@ -7,6 +7,7 @@ when pages are spilled and how a hit below the device is found.
 
 from __future__ import annotations
 
+import secrets
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,7 +70,9 @@ class SmgRadixCache(UnifiedRadixCache):
         if self.prefetch is not None:
             self.prefetch.drop()
         if self.host_tier is not None:
-            self.host_tier.weights_changed()
+            # All ranks enter, and agree on the name.
+            (name,) = self.least_of_ranks(secrets.randbits(62))
+            self.host_tier.weights_changed(f"{name:016x}")
         if self.streams is not None:
             self.streams.weights_changed()
 

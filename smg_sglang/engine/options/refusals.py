@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: What `--kv-cache-dtype` may store a token as; of the others parts lie beside K and V (scales).
+PLAIN_KV = ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2")
 #: Query tokens times heads, of a chunk of a model with latents (MLA) that is streamed on CUDA.
 LATENT_ROWS = 1 << 20
 
@@ -58,6 +60,8 @@ def refuse_flags(args: ServerArgs) -> None:
             (args.disable_radix_cache, "--disable-radix-cache"),
             (args.pp_size > 1, "--pp-size above 1"),
             (args.attn_cp_size > 1, "--attn-cp-size above 1"),
+            (args.dcp_size > 1, "--dcp-size above 1"),
+            (args.kv_cache_dtype not in PLAIN_KV, f"--kv-cache-dtype {args.kv_cache_dtype}"),
             (args.disaggregation_mode not in (None, "null"), "--disaggregation-mode"),
             (args.speculative_algorithm is not None, "--speculative-algorithm"),
             # It unmaps the pool while pages may be on their way.

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,6 +85,7 @@ class Streams:
         self._cache = cache
         self._tier = tier
         self._pages = tier.pages
+        self._pages.wait_for_ranks = partial(cache.least_of_ranks, 0)
         self._by_rid: dict[str, Stream] = {}
         layout = tier.layout
         ring = SegmentRing(

@@ -309,7 +309,7 @@ def with_parts(world, *names):
         return SimpleNamespace(
             state=lambda: {name: 1},
             drop=lambda: told.append(name),
-            weights_changed=lambda: told.append(name),
+            weights_changed=lambda *names: told.append(name),
         )
 
     for name in names:
@@ -324,6 +324,21 @@ def test_new_weights_are_told_to_loads_ahead_then_to_the_tier_and_to_streams():
     told = with_parts(world, "streams", "prefetch")
     world.cache.on_weight_update()
     assert told == ["prefetch", "tier", "streams"]
+
+
+def test_ranks_take_one_name_for_new_weights_and_another_the_next_time():
+    def update(world):
+        told = []
+        world.tier.weights_changed = told.append
+        for _ in range(2):
+            world.cache.on_weight_update()
+        return told
+
+    with Ranks([World(), World()]) as ranks:
+        for rank, world in enumerate(ranks.members):
+            ranks.join(rank, world.cache)
+        first, second = ranks.all(update)
+        assert first != second
 
 
 @pytest.mark.parametrize("names", [(), ("streams",), ("streams", "prefetch")])

@@ -18,6 +18,7 @@ from smg_sglang.engine.streams.limits import Limits
 from smg_sglang.engine.streams.stream import Stream
 from smg_sglang.engine.streams.table import Streams
 from smg_sglang.tier.host_pages import Held, HostPages
+from smg_sglang.transfer.layout import PageLayout, Part
 from tests.engine.ranks import Ranks
 
 PAGE, DEVICE = 4, 128
@@ -125,6 +126,20 @@ def test_on_a_cpu_nothing_stays_that_host_memory_has():
     assert stream.resident_from == 40
     table.check(stream, 43)
     assert Limits(DEVICE, PAGE).resident == 0
+
+
+def test_ranks_wait_for_each_other_where_one_reads_what_another_writes():
+    waited = []
+    tier = SimpleNamespace(
+        pages=SimpleNamespace(),
+        layout=PageLayout((Part("kv", 1, 8, 4),), 1, PAGE, "float32"),
+        device=torch.device("cpu"),
+        before_copy=None,
+        pins=None,
+    )
+    Streams(SimpleNamespace(least_of_ranks=waited.append), tier)
+    tier.pages.wait_for_ranks()
+    assert waited == [0]
 
 
 def test_streams_share_what_may_stay():
