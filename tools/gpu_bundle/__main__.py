@@ -1,4 +1,4 @@
-"""`make gpu-bundle`: see docs/gpu.md. Needs PyPI, gcc, git, some gigabytes of disk, half an hour."""
+"""`make gpu-bundle`: see docs/gpu.md. Needs PyPI, gcc, git, 5 GB of disk, up to an hour."""
 
 from __future__ import annotations
 

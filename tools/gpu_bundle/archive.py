@@ -11,12 +11,11 @@ from tools.gpu_bundle.parts import LIMIT_MIB
 from tools.gpu_bundle.patches import PATCHES
 
 NAME = "smg-bundle"
-PRESET = 9
 
 
 def write(folder: Path, archive: Path) -> int:
     """`folder` as `archive` (tar.xz), with the same bytes for the same files; its size."""
-    with tarfile.open(archive, "w:xz", preset=PRESET) as tar:
+    with tarfile.open(archive, "w:xz", preset=9) as tar:
         for path in sorted(folder.rglob("*")):
             if not path.is_dir():
                 tar.add(path, f"{NAME}/{path.relative_to(folder)}", filter=_plain)

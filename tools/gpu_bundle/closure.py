@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import NormalizedName, canonicalize_name
 
 from tools.gpu_bundle.parts import ON_TARGET, PYTHON
 
-#: Their needs are chosen by hand (`parts`): most of what they list is for other machines and models.
+#: Their needs are chosen by hand (`parts`): most of what they list is for other models.
 BY_HAND = frozenset({"sglang", "sglang-kernel", "flashinfer-python", "smg-sglang"})
 
 
@@ -27,7 +27,7 @@ def missing(site: Path) -> list[str]:
     ]
 
 
-def _is_met(requirement: Requirement, bundled: dict[str, Distribution]) -> bool:
+def _is_met(requirement: Requirement, bundled: Mapping[NormalizedName, Distribution]) -> bool:
     name = canonicalize_name(requirement.name)
     if name in bundled:
         return requirement.specifier.contains(bundled[name].version, prereleases=True)

@@ -49,48 +49,51 @@ def _flashinfer_build(spec: Any) -> Build:
     return build
 
 
-def sglang_kernels() -> Iterator[tuple[str, Build]]:
-    """What a dense or MLA model in bf16 asks SGLang's own loader for (`probe` prints that)."""
+def sglang_kernels(out: Path) -> None:
+    """Into `out`, out of SGLang's own cache where it has them: what a dense or MLA model in bf16
+    asks SGLang's loader for."""
     import torch
     from sglang.kernels.jit.utils.compile import loader
     from sglang.kernels.ops.activation import activation
     from sglang.kernels.ops.attention import clamp_position, concat_mla, rope
     from sglang.kernels.ops.kvcache import hicache, kvcache, set_mla_kv_buffer
+    from sglang.kernels.ops.layernorm import norm
 
     bf16, row = torch.bfloat16, 8 * 128 * 2  # bytes of an 8B model's keys of a token and layer
     builds: list[Callable[[], Any]] = [
+        lambda: norm._jit_rmsnorm_module(4096, bf16),
+        lambda: norm._jit_fused_add_rmsnorm_module(bf16, False),
         lambda: activation.activation_module(bf16),
-        lambda: rope._jit_rotary_embedding_module(),
+        rope._jit_rotary_embedding_module,
         lambda: rope._jit_fused_rope_module(True, 128, bf16, bf16),
         lambda: rope._jit_fused_rope_module(True, 64, bf16, bf16),
         lambda: clamp_position._jit_clamp_position_module(torch.int64),
-        lambda: concat_mla._jit_concat_mla_k_module(),
-        lambda: concat_mla._jit_concat_mla_absorb_q_module(),
+        concat_mla._jit_concat_mla_k_module,
+        concat_mla._jit_concat_mla_absorb_q_module,
         lambda: kvcache.can_use_store_cache(row),
         lambda: set_mla_kv_buffer.set_mla_kv_buffer_module(1024, 128, True),
         lambda: hicache.can_use_hicache_jit_kernel(element_size=row),
         lambda: hicache._jit_hicache_tma_module(block_quota=2),
     ]
-    found: list[Path] = []
-    loader._load = found.append  # its tvm module would want a driver
+    loader._load = _Copied(out)  # its tvm module would want a driver
     for build in builds:
-        found.clear()
         build()
-        for library in found:
-            yield library.stem, _copy_of(library)
 
 
-def _copy_of(library: Path) -> Build:
-    def build(target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(library, target)
+class _Copied:
+    """Stands where a module would be loaded: keeps it in `out`, by its name."""
 
-    return build
+    def __init__(self, out: Path) -> None:
+        self._out = out
+
+    def __call__(self, library: Path) -> None:
+        self._out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(library, self._out / library.name)
+        print(f"  {library.stem}: {library.stat().st_size / 1e6:.1f} MB", flush=True)
 
 
 def main(out: Path) -> None:
-    for name, build in sglang_kernels():
-        _once(name, out / "sglang" / f"{name}.so", build)
+    sglang_kernels(out / "sglang")
     for name, build in flashinfer_kernels():
         _once(name, out / "flashinfer" / name / f"{name}.so", build)
 

@@ -19,8 +19,8 @@ class Patch(NamedTuple):
 PATCHES = (
     Patch(
         "sglang/srt/layers/dual_gemm.py",
-        "        if not is_cuda():\n            return None\n\n        from sglang.kernels.ops.gemm",
-        "        return None\n\n        from sglang.kernels.ops.gemm",
+        "        if not is_cuda():\n            return None\n\n        from sglang.kernels",
+        "        return None\n\n        from sglang.kernels",
         "a Llama's gate and up projections take the plain path: the fused one imports cutlass",
     ),
     Patch(

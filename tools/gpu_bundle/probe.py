@@ -1,16 +1,17 @@
-"""Looks at a bundle from inside: its Python, the target's PyTorch, and an H100 that is only claimed.
+"""Looks at a bundle from inside, under the target's PyTorch and an H100 that is only claimed.
 
-    python probe.py KERNELS_DIR MODEL...          (a child process; PYTHONPATH is the bundle's)
+    python probe.py          (a child process; PYTHONPATH is the bundle's)
 
-Imports what a server imports, builds each model and runs a prefill, a decode and the sampler with
-kernels that compute nothing. What of `FORBIDDEN` is asked for is told with the line that asked,
-and each kernel that is asked for and not in KERNELS_DIR. Ends with status 1 if there is any.
+Imports what a server's processes import, with `FORBIDDEN` absent as on the target. Prints which
+of it was imported by which lines: SGLang tries some of it and goes on without. Ends with
+status 1 where a module cannot be imported.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.abc
+import importlib.machinery
 import json
 import sys
 import traceback
@@ -41,37 +42,50 @@ MODULES = (
 )
 
 
-class Watch(importlib.abc.MetaPathFinder):
-    """Refuses the forbidden, as on the target, and remembers who asked."""
+class Absent(importlib.abc.MetaPathFinder):
+    """The finder of files, but for the forbidden: they are not there, as on the target.
 
-    def __init__(self) -> None:
-        self.asked: dict[str, list[str]] = {}
+    Attributes:
+        imported: who imported which of them. Asking whether one is there is not importing it.
+    """
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+    def __init__(self, finder: Any) -> None:
+        self._finder = finder
+        self.imported: dict[str, set[str]] = {}
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name.split(".")[0] not in FORBIDDEN:
-            return
-        frames = [f for f in traceback.extract_stack()[:-1] if "importlib" not in f.filename]
-        chain = [f"{_short(f.filename)}:{f.lineno}" for f in frames[-5:]]
-        self.asked.setdefault(name, []).append(" > ".join(chain))
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            return self._finder.find_spec(name, path, target)
+        stack = traceback.extract_stack()
+        if not any("importlib.util" in frame.filename for frame in stack):
+            lines = [f for f in stack[:-1] if "importlib" not in f.filename]
+            chain = " > ".join(f"{_short(f.filename)}:{f.lineno}" for f in lines[-3:])
+            self.imported.setdefault(name, set()).add(chain)
+        return None
+
+    def find_distributions(self, *context: Any) -> Any:
+        """As `importlib.metadata` asks of finders."""
+        return self._finder.find_distributions(*context)
 
 
 def _short(path: str) -> str:
-    return path.split("site-packages/")[-1].split("/site/")[-1]
+    return "/".join(Path(path).parts[-3:])
 
 
-def main(arguments: list[str]) -> int:
-    watch = Watch()
-    sys.meta_path.insert(0, watch)
+def main() -> int:
+    place = sys.meta_path.index(importlib.machinery.PathFinder)
+    watch = Absent(sys.meta_path[place])
+    sys.meta_path[place] = watch
     failed: dict[str, str] = {}
     for module in MODULES:
         try:
             importlib.import_module(module)
         except BaseException as error:
             failed[module] = "".join(traceback.format_exception(error)[-6:])
-    print(json.dumps({"asked": watch.asked, "failed": failed}, indent=1))
+    imported = {name: sorted(chains) for name, chains in watch.imported.items()}
+    print(json.dumps({"imported": imported, "failed": failed}, indent=1))
     return int(bool(failed))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
