@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tools.demo_model import demo_model
 from tools.gpu_bundle import archive, closure, lay, parts, patches, toolkit
 from tools.gpu_bundle.fetch import fetch
 from tools.hf_folder import cache_dir
@@ -35,6 +36,7 @@ def main(arguments: list[str]) -> int:
     _say("kernels, minutes each; what is there is kept")
     _compile(options.work, site)
     lay.add_project(folder / "project")
+    lay.add_tokenizer(demo_model(), folder / "cache")
     shutil.copytree(HERE / "machine", folder, dirs_exist_ok=True)
     (folder / "REPORT.txt").write_text(report := archive.describe(folder, left))
     _say(report)

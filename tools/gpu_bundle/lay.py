@@ -64,6 +64,13 @@ def add_project(target: Path) -> None:
     _add_metadata(target)
 
 
+def add_tokenizer(demo: Path, cache: Path) -> None:
+    """The demo model without weights: from it come models of any shape, and it fills a cache that
+    is looked at before anything is downloaded."""
+    folder = cache / "smg_sglang" / demo.name
+    shutil.copytree(demo, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+
+
 def _add_metadata(target: Path) -> None:
     """A dist-info by hand: entry points and version, from pyproject.toml."""
     import tomllib

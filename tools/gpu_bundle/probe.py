@@ -54,7 +54,7 @@ class Absent(importlib.abc.MetaPathFinder):
         self.imported: dict[str, set[str]] = {}
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name.split(".")[0] not in FORBIDDEN:
+        if name.split(".", maxsplit=1)[0] not in FORBIDDEN:
             return self._finder.find_spec(name, path, target)
         stack = traceback.extract_stack()
         if not any("importlib.util" in frame.filename for frame in stack):
