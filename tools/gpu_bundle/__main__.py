@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     _say(report)
     if troubles := closure.missing(site):
         raise SystemExit("\n".join(troubles))
-    _look_inside(options.check_python, folder)
+    _look_inside(options.check_python, folder, options.work / "toolkit" / toolkit.STUBS)
     _say("archive")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     size = archive.write(folder, options.out)
@@ -73,7 +73,7 @@ def _compile(work: Path, site: Path) -> None:
     shutil.copytree(kernels / "sglang", site.parent / "kernels")
 
 
-def _look_inside(python: Path | None, folder: Path) -> None:
+def _look_inside(python: Path | None, folder: Path, stubs: Path) -> None:
     """Runs `probe` with the bundle's Python folder before the target's packages."""
     if python is None:
         _say(
@@ -83,6 +83,7 @@ def _look_inside(python: Path | None, folder: Path) -> None:
     paths = [str(toolkit.CLAIMS), str(folder / "site"), str(folder / "project")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     environment["SMG_BUNDLE_KERNELS"] = str(folder / "kernels")
+    environment["LD_LIBRARY_PATH"] = str(stubs)  # there is no driver here
     subprocess.run([str(python), str(HERE / "probe.py")], check=True, env=environment, cwd=folder)
 
 

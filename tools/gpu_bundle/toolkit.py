@@ -14,6 +14,8 @@ WHEELS = (
     "nvidia-cuda-runtime==13.0.*",
     "nvidia-cuda-cccl==13.0.*",
 )
+#: Of a driver, below the folder that the wheels are unpacked in.
+STUBS = Path("nvidia/cu13/lib/stubs")
 CLAIMS = Path(__file__).parent / "claims"
 
 
