@@ -36,20 +36,31 @@ def _link(name: Path, target: Path) -> None:
         name.symlink_to(target.name)
 
 
+#: What libraries of a bundle call of the driver; nothing calls it here.
+DRIVER_CALLS = (
+    "cuCtxFromGreenCtx",
+    "cuCtxPopCurrent_v2",
+    "cuCtxPushCurrent_v2",
+    "cuDevResourceGenerateDesc",
+    "cuDevSmResourceSplitByCount",
+    "cuDeviceGetDevResource",
+    "cuDriverGetVersion",
+    "cuGetErrorString",
+    "cuGetProcAddress_v2",
+    "cuGreenCtxCreate",
+    "cuGreenCtxDestroy",
+    "cuGreenCtxGetDevResource",
+    "cuPointerGetAttribute",
+    "cuStreamCreate",
+)
+
+
 def _stub_driver(folder: Path) -> None:
-    """A `libcuda` without functions: kernels name it, and the target's driver brings its own."""
+    """A `libcuda` that does nothing: kernels name it, and the target's driver brings its own."""
     folder.mkdir(exist_ok=True)
-    stub = folder / "libcuda.so.1"
-    command = [
-        "gcc",
-        "-shared",
-        "-o",
-        str(stub),
-        "-Wl,-soname,libcuda.so.1",
-        "-x",
-        "c",
-        "/dev/null",
-    ]
+    stub, source = folder / "libcuda.so.1", folder / "stub.c"
+    source.write_text("".join(f"int {name}(void) {{ return 100; }}\n" for name in DRIVER_CALLS))
+    command = ["gcc", "-shared", "-fPIC", "-o", str(stub), "-Wl,-soname,libcuda.so.1", str(source)]
     subprocess.run(command, check=True)
     _link(folder / "libcuda.so", stub)
 
