@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,10 +51,21 @@ def run(command: Sequence[str], seconds: float, log: Path) -> int:
 
 
 def _end(child: subprocess.Popen[bytes], grace_s: float = 5.0) -> None:
-    """SIGTERM first: a benchmark stops its servers on it."""
-    os.killpg(child.pid, signal.SIGTERM)
+    """The whole group. SIGTERM first: a benchmark stops its servers on it."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + grace_s
+        is_left = _signalled(child.pid, number)
+        while is_left and time.monotonic() < deadline:
+            child.poll()
+            time.sleep(0.02)
+            is_left = _signalled(child.pid, 0)
+    child.wait()
+
+
+def _signalled(group: int, number: int) -> bool:
+    """False where nobody is left of it."""
     try:
-        child.wait(timeout=grace_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
