@@ -9,7 +9,7 @@ TRACE ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-split test-models test-gpu bench bench-all bench-programs bench-replay bench-split
-.PHONY: bench-context bench-prefetch bench-tree bench-transfer bench-host-attention bench-gpu readme lint model clean distclean
+.PHONY: bench-context bench-prefetch bench-tree bench-transfer bench-host-attention bench-gpu gpu-bundle readme lint model clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -68,6 +68,9 @@ bench-gpu: $(VENV)/.ready ## copies and attention on a CUDA device; results go t
 	@$(RUN) bench/transfer.py --device cuda
 	@$(RUN) bench/gpu_attention.py $(ARGS)
 	@$(RUN) -m bench.gpu_context
+
+gpu-bundle: $(VENV)/.ready ## an archive for a GPU machine without a registry (docs/gpu.md); ARGS="flags"
+	@$(RUN) -m tools.gpu_bundle $(ARGS)
 
 lint: $(VENV)/.ready ## formatting, lint, types and import layers
 	@$(VENV)/bin/ruff format --check --quiet . || { $(VENV)/bin/ruff format --check .; exit 1; }

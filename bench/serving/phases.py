@@ -65,12 +65,15 @@ class OneAfterTheOther(Phase):
 
 
 class TakingTurns(Phase):
-    """Repeats of a workload without reuse, servers in the order A B, B A, A B, ..."""
+    """Repeats of a workload without reuse, servers in the order A B, B A, A B, ...
 
-    def __init__(self, repeats: int) -> None:
-        self._repeats = repeats
+    shape: sizes that `workloads.no_reuse` takes, instead of its own.
+    """
+
+    def __init__(self, repeats: int, **shape: int) -> None:
+        self._repeats, self._shape = repeats, shape
         self.name = "no_reuse"
-        self.title = f"{workloads.no_reuse().title}, {repeats} times"
+        self.title = f"{workloads.no_reuse(**shape).title}, {repeats} times"
 
     def steps(self, servers: Servers) -> int:
         return (self._repeats + 1) * len(servers)
@@ -78,7 +81,7 @@ class TakingTurns(Phase):
     def run(self, servers: Servers, advance: Advance) -> Result:
         rows: dict[str, list[Result]] = {subject: [] for subject in servers}
         for repeat in range(-1, self._repeats):
-            workload = workloads.no_reuse(seed=1000 + repeat)
+            workload = workloads.no_reuse(seed=1000 + repeat, **self._shape)
             for subject in list(servers)[:: 1 if repeat % 2 else -1]:
                 row = self._once(servers[subject], workload)
                 if repeat >= 0:  # the first ones only warm up
@@ -124,10 +127,11 @@ class TakingTurns(Phase):
 class Prefix(Phase):
     """TTFT of a long prefix: cold, on the device, only in host memory."""
 
-    def __init__(self, repeats: int, pool_tokens: int) -> None:
+    def __init__(self, repeats: int, pool_tokens: int, prefix_tokens: int = PREFIX_TOKENS) -> None:
         self.name = "prefix"
-        self.title = f"TTFT of a {PREFIX_TOKENS:,}-token prefix, {repeats} times"
-        self._steps = list(workloads.prefix_steps(repeats, pool_tokens, PREFIX_TOKENS))
+        self.title = f"TTFT of a {prefix_tokens:,}-token prefix, {repeats} times"
+        self._prefix_tokens = prefix_tokens
+        self._steps = list(workloads.prefix_steps(repeats, pool_tokens, prefix_tokens))
 
     def steps(self, servers: Servers) -> int:
         return len(servers) * len(self._steps)
@@ -144,17 +148,24 @@ class Prefix(Phase):
         rng = random.Random(4)
         prefixes: dict[int, tuple[int, ...]] = {}
         for step in self._steps:
-            prefix = prefixes.setdefault(step.prefix, workloads.words(rng, PREFIX_TOKENS))
+            prefix = prefixes.setdefault(step.prefix, workloads.words(rng, self._prefix_tokens))
             prompt = prefix + workloads.words(rng, QUESTION_TOKENS)
             for subject, server in servers.items():
                 async with Client(server.url) as client:
                     await asyncio.sleep(0.05)  # what the last one left behind it is over
                     answer = await client.ask(prompt, 2)
                 asked[subject].append(
-                    {**asdict(step), "tier": _tier(answer.cached), **_raw(answer)}
+                    {**asdict(step), "tier": self._tier(answer.cached), **_raw(answer)}
                 )
                 advance()
         return asked
+
+    def _tier(self, cached: Mapping[str, int]) -> str:
+        """Which tier had all of the prefix; "cold" where none had anything, "mixed" in between."""
+        if not sum(cached.values()):
+            return "cold"
+        whole = (tier for tier, tokens in cached.items() if tokens >= self._prefix_tokens)
+        return next(whole, "mixed")
 
     @staticmethod
     def _summary(rows: list[Result]) -> Result:
@@ -167,14 +178,6 @@ class Prefix(Phase):
         if by_tier["host"] and by_tier["cold"]:
             figures["cold_over_host"] = times_faster(by_tier["cold"], by_tier["host"])
         return {**figures, "asks": rows}
-
-
-def _tier(cached: Mapping[str, int]) -> str:
-    """Which tier had all of the prefix; "cold" where none had anything, "mixed" in between."""
-    if not sum(cached.values()):
-        return "cold"
-    whole = (tier for tier, tokens in cached.items() if tokens >= PREFIX_TOKENS)
-    return next(whole, "mixed")
 
 
 def _raw(answer: Answer) -> Result:

@@ -32,7 +32,9 @@ def server_args(subject: str, options: Namespace) -> list[str]:
         args += ["--enable-smg", "--smg-host-gb", str(options.host_gb)]
     if subject == HICACHE:
         args += ["--enable-hierarchical-cache", "--hicache-size", str(round(options.host_gb))]
-        args += ["--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"]
+        # On a CPU the plugin replaces these; a GPU copies with SGLang's own choice.
+        if attention_backend(None):
+            args += ["--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"]
     return args + shlex.split(options.server_args)
 
 
