@@ -214,7 +214,7 @@ def plan_pages(
 ) -> PageTable:
     """Plan for requests whose keys are in these pages, without duplicates.
 
-    queries: how many query rows each has; one by default. unit_tokens: tokens a unit, about.
+    queries: how many query rows each has; one by default. unit_tokens: tokens a unit.
 
     Raises:
         ValueError: a page begins before its memory, or has a negative number of rows.
@@ -230,7 +230,7 @@ def plan_pages(
     )
     _check_pages(offsets, first_rows, tokens, memories)
     unit_tokens = unit_tokens or max(UNIT_TOKENS, int(tokens.sum()) // UNITS)
-    cut = _cut(tokens, unit_tokens)
+    cut = _cut(owners, tokens, unit_tokens)
     owners, offsets, memories = owners[cut.page], offsets[cut.page], memories[cut.page]
     first_rows = first_rows[cut.page] + cut.first
     units, unit_requests = _units(owners, cut.tokens, unit_tokens)
@@ -275,20 +275,33 @@ class _Cut(NamedTuple):
     tokens: Int64s
 
 
-def _cut(tokens: Int64s, most: int) -> _Cut:
-    """In parts of up to `most` tokens, none of them empty."""
-    parts = -(-tokens // most)
+def _before(owners: Int64s, tokens: Int64s) -> Int64s:
+    """How many tokens of its request come before each page."""
+    before = np.cumsum(tokens) - tokens
+    starts = np.flatnonzero(np.diff(owners, prepend=-1))
+    return before - np.repeat(before[starts], np.diff(starts, append=len(owners)))
+
+
+def _cut(owners: Int64s, tokens: Int64s, most: int) -> _Cut:
+    """In parts that lie in the same `most` tokens of their request, none of them empty.
+
+    So what is summed together does not depend on which keys happen to be neighbours: a prefix that
+    came back to other slots gives the same bits.
+    """
+    begin = _before(owners, tokens)
+    parts = np.where(tokens > 0, (begin + tokens - 1) // most - begin // most + 1, 0)
     page = np.repeat(np.arange(len(tokens)), parts)
-    first = (np.arange(len(page)) - np.repeat(np.cumsum(parts) - parts, parts)) * most
-    return _Cut(page, first, np.minimum(tokens[page] - first, most))
+    nth = np.arange(len(page)) - np.repeat(np.cumsum(parts) - parts, parts)
+    window = (begin // most)[page] + nth
+    first = np.maximum(begin[page], window * most)
+    last = np.minimum((begin + tokens)[page], (window + 1) * most)
+    return _Cut(page, first - begin[page], last - first)
 
 
 def _units(owners: Int64s, tokens: Int64s, most: int) -> tuple[Int64s, Int64s]:
-    """(where each unit begins, and the end; whose it is): neighbours of one request, whose first
-    tokens lie in the same `most` tokens of it."""
-    before = np.cumsum(tokens) - tokens
-    starts = np.flatnonzero(np.diff(owners, prepend=-1))
-    mine = before - np.repeat(before[starts], np.diff(starts, append=len(owners)))
+    """(where each unit begins, and the end; whose it is): the pages in the same `most` tokens of
+    a request."""
+    mine = _before(owners, tokens)
     new = (np.diff(owners, prepend=-1) != 0) | (np.diff(mine // most, prepend=-1) != 0)
     begins = np.flatnonzero(new)
     return np.append(begins, len(owners)).astype(np.int64), owners[begins]

@@ -35,7 +35,7 @@ def test_a_wrong_flag_ends_at_once(tiny_model, args, says):
     assert "Traceback" not in end.stderr
 
 
-def test_a_sliding_window_hybrid_is_refused_by_name(tiny_model, tmp_path):
+def test_a_sliding_window_model_is_refused_by_name_with_what_does_not_know_of_windows(tiny_model, tmp_path):
     """SGLang lets a model say in its configuration that it is one; only that is read."""
     for file in tiny_model.iterdir():
         shutil.copy(file, tmp_path)
@@ -43,6 +43,7 @@ def test_a_sliding_window_hybrid_is_refused_by_name(tiny_model, tmp_path):
     config |= {"is_hybrid_swa": True, "sliding_window": 128, "hybrid_layer_pattern": [0, 1, 0, 1]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with nothing_left_behind():
-        end = launch(str(tmp_path), "--enable-smg", "--smg-host-gb", "0.25")
+        end = launch(str(tmp_path), "--enable-smg", "--smg-write-policy", "write_back")
     assert end.returncode == 2, end.stderr[-2000:]
-    assert "smg: sliding-window hybrid models (LlamaForCausalLM)" in end.stderr
+    assert "smg: models with sliding-window layers cannot be served with" in end.stderr
+    assert "--smg-write-policy write_back" in end.stderr

@@ -68,7 +68,8 @@ def python(wheel) -> Path:
 def test_the_wheel_has_every_module_and_nothing_else(wheel):
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     package = ROOT / "smg_sglang"
-    files = {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
+    sources = [path for path in package.rglob("*") if path.suffix in {".py", ".c", ".h"}]
+    files = {str(path.relative_to(ROOT)) for path in sources}
     assert packed == files | {"smg_sglang/py.typed"}
 
 
