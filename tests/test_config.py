@@ -49,6 +49,8 @@ def test_more_than_is_free_is_refused(monkeypatch):
         ({"lookup_timeout_ms": 20_000}, "above 0 and at most 10000 milliseconds, not 20000"),
         ({"lookup_timeout_ms": float("nan")}, "above 0 and at most 10000 milliseconds, not nan"),
         ({"stream_context": True, "prefill_workers": 1}, "--smg-stream-context cannot be combined"),
+        ({"stream_context": True, "host_dtype": "fp8"}, "not as --smg-host-dtype fp8"),
+        ({"host_dtype": "int4"}, "--smg-host-dtype must be one of auto, fp8, not 'int4'"),
         ({"memory_address": "tcp://1.2.3.4:5"}, "--smg-memory must be"),
         ({"memory_address": "/" + "x" * 119}, "--smg-memory is longer than"),
         ({"memory_address": "relative/dir"}, "--smg-memory must be"),
