@@ -218,21 +218,6 @@ ORDINARY = {
 ADDER_HOOKS = ("add_one_req", "add_chunked_req", "_get_running_request_total_token_offset")
 
 
-@pytest.fixture
-def load(monkeypatch):
-    """SGLang's module, with what an adder reads of the configuration."""
-
-    def load(source):
-        module = source.module(POLICY)
-        features = SimpleNamespace(enable_encoder_swa_bounded_replay=False)
-        monkeypatch.setattr(module, "get_exec", lambda: SimpleNamespace(features=features))
-        schedule = SimpleNamespace(schedule_policy="fcfs")
-        monkeypatch.setattr(module, "get_schedule", lambda: schedule)
-        return module
-
-    return load
-
-
 def passes(sglangs, load, one, ours, theirs):
     """What comes of a pass, by the hooks and by the patch."""
     hooks, stock, patched = sglangs
