@@ -9,6 +9,7 @@ import numpy as np
 from smg_sglang.config import DEFAULT_EVICTION, EvictionName
 from smg_sglang.errors import SmgError
 from smg_sglang.memory.arena import PageGeometry
+from smg_sglang.memory.changes import Entry
 from smg_sglang.memory.namespace import Namespace
 from smg_sglang.memory.room import make_room
 from smg_sglang.memory.slabs import READY, WRITING, PageAllocator, SlabPool, grow_freely
@@ -270,6 +271,10 @@ class Books:
     def flush(self, name: bytes) -> None:
         """Forget all pages of the client's namespace."""
         self._connections[name].space.flush()
+
+    def changes(self, name: bytes, since: int) -> tuple[int, bool, list[Entry]]:
+        """What came into the client's namespace and left it: see `Space.changes`."""
+        return self._connections[name].space.changes(since)
 
     def stats(
         self, *, epoch: str, uptime_s: float, malformed: int, strays: int, refused: int

@@ -235,6 +235,12 @@ class MemoryConnection:
         reply = self._channel.ask(protocol.GetStats(self._channel.next_id()), timeout_s)
         return _expect(reply, protocol.StatsReply).stats
 
+    def changes(self, since: int, timeout_s: float) -> protocol.Changes:
+        """What came into the namespace and left it since change number `since`, or all there is
+        (-1, or where so much is not known any more)."""
+        reply = self._channel.ask(protocol.GetChanges(self._channel.next_id(), since), timeout_s)
+        return _expect(reply, protocol.Changes)
+
     def close(self) -> None:
         """End the connection; its leases and unpublished pages go. Waits 0.2 s at most.
 

@@ -22,6 +22,8 @@ class Desk:
             case protocol.Flush(id_):
                 self._books.flush(client)
                 return protocol.Ok(id_)
+            case protocol.GetChanges(id_, since):
+                return protocol.Changes(id_, *self._books.changes(client, since))
             case protocol.GetStats(id_):
                 return protocol.StatsReply(id_, self._stats())
         return self._give_pages(client, message) or self._note(client, message)

@@ -20,7 +20,7 @@ from smg_sglang.memory.namespace import Namespace
 from smg_sglang.memory.stats import Stats
 
 #: Raised whenever an old client and a new server would misunderstand each other.
-VERSION = 2
+VERSION = 3
 #: Longest message the server reads: a path of four million page keys.
 MAX_MESSAGE_BYTES = 64 << 20
 
@@ -91,6 +91,12 @@ class GetStats(_Numbered, frozen=True):
     """Ask for `StatsReply`."""
 
 
+class GetChanges(_Numbered, frozen=True):
+    """Ask what came into the namespace and left it since change `since`; -1: all there is."""
+
+    since: int
+
+
 class Release(_Message, frozen=True):
     """End the lease of Lookup `lease`; no reply; an unknown lease is not an error."""
 
@@ -153,16 +159,28 @@ class StatsReply(_Numbered, frozen=True):
     stats: Stats
 
 
+class Changes(_Numbered, frozen=True):
+    """`entries`: (whether pages came, their page keys), in order; `next` is the number to ask from
+    then. `whole`: they are all pages that are there, and nothing is to be kept of what was known.
+    """
+
+    next: int
+    whole: bool
+    entries: list[tuple[bool, bytes]]
+
+
 class Refused(_Numbered, frozen=True):
     """The request cannot be served; `reason` is for people. id 0: the connection is refused."""
 
     reason: str
 
 
-Question: TypeAlias = Ping | Lookup | Reserve | LookupLast | ReserveEach | Flush | GetStats
+Question: TypeAlias = (
+    Ping | Lookup | Reserve | LookupLast | ReserveEach | Flush | GetStats | GetChanges
+)
 Notice: TypeAlias = Release | Touch | Publish | Abandon
 Message: TypeAlias = Question | Notice
-Reply: TypeAlias = Leased | Reserved | Last | Places | Ok | StatsReply | Refused
+Reply: TypeAlias = Leased | Reserved | Last | Places | Ok | StatsReply | Changes | Refused
 
 encode = msgspec.msgpack.Encoder().encode
 decode_message = msgspec.msgpack.Decoder(Message).decode

@@ -5,10 +5,12 @@ from collections.abc import Callable
 import numpy as np
 
 from smg_sglang.config import EvictionName
+from smg_sglang.memory.changes import ChangeLog, Entry
 from smg_sglang.memory.namespace import Namespace
 from smg_sglang.memory.slabs import PageAllocator
 from smg_sglang.memory.stats import Counters, NamespaceStats
 from smg_sglang.tree.eviction import make_policy
+from smg_sglang.tree.page_keys import KEY_BYTES
 from smg_sglang.tree.radix_tree import RadixTree
 
 
@@ -34,6 +36,7 @@ class Space:
         self._clock = clock
         self._left_at = clock()
         self._retired: list[RadixTree] = []
+        self._changes: ChangeLog | None = None
 
     def _new_tree(self) -> RadixTree:
         return RadixTree(make_policy(self._eviction, self.namespace.page_size))
@@ -64,7 +67,10 @@ class Space:
 
     def evict(self, n: int) -> int:
         """Free up to `n` pages, in the order of the eviction policy; pinned ones stay."""
-        freed = self.tree.evict(n)
+        gone: list[bytes] | None = None if self._changes is None else []
+        freed = self.tree.evict(n, gone)
+        for keys in gone or ():
+            self._note(False, keys)
         self.pages.give(freed)
         self.counters.pages_evicted += len(freed)
         return len(freed)
@@ -75,6 +81,8 @@ class Space:
         old, self.tree = self.tree, self._new_tree()
         self.counters.drop("flushed", old.num_pages)
         self._retired.append(old)
+        if self._changes is not None:
+            self._changes.restart()
         self.sweep(old)
 
     def sweep(self, tree: RadixTree) -> None:
@@ -88,6 +96,7 @@ class Space:
     def publish(self, path: bytes, pages: np.ndarray, start: int) -> None:
         """Put written `pages` (of path[start:]) into the tree; what it has already is freed."""
         duplicates = self.tree.insert(path, pages, start).duplicates
+        self._note(True, path[KEY_BYTES * (start + len(duplicates)) :])
         self.pages.mark_ready(pages)
         self.pages.give(duplicates)
         self.counters.pages_published += len(pages) - len(duplicates)
@@ -97,6 +106,23 @@ class Space:
         """Free `pages` that were never published."""
         self.pages.give(pages)
         self.counters.drop(reason, len(pages))
+
+    def changes(self, since: int) -> tuple[int, bool, list[Entry]]:
+        """(next number, whether it is all, changes): those from number `since` on, or all pages
+        that are here, parents first. Changes are noted from the first time on that somebody asks.
+        """
+        if self._changes is None:
+            self._changes = ChangeLog()
+            since = -1
+        entries = self._changes.since(since)
+        if entries is not None:
+            return self._changes.next, False, entries
+        here = [(True, node.keys[: KEY_BYTES * node.length]) for node in self.tree.nodes()]
+        return self._changes.next, True, here
+
+    def _note(self, came: bool, keys: bytes) -> None:
+        if self._changes is not None:
+            self._changes.add(came, keys)
 
     def stats(self) -> NamespaceStats:
         """Now."""

@@ -143,16 +143,20 @@ class RadixTree:
             self._num_pinned -= 1
             self._queue.offer(node)
 
-    def evict(self, n: int) -> Pages:
+    def evict(self, n: int, gone_keys: list[bytes] | None = None) -> Pages:
         """Take out up to `n` pages and return them, int64: fewer only when all else is pinned.
 
         Leaves go in the policy's order; the last one loses its tail only. O(log nodes) each,
-        amortised over the uses before. The array may be read-only.
+        amortised over the uses before. The array may be read-only. gone_keys: the page keys are
+        added to it, in runs.
         """
         freed: list[Pages] = []
         missing = n
         while missing > 0 and (leaf := self._queue.first()) is not None:
             self._queue.policy.evicted(leaf)
+            if gone_keys is not None:
+                first = max(0, leaf.length - missing)
+                gone_keys.append(leaf.keys[KEY_BYTES * first : KEY_BYTES * leaf.length])
             if leaf.length <= missing:
                 freed.append(leaf.pages)
                 missing -= leaf.length

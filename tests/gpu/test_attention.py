@@ -225,6 +225,9 @@ def test_products_of_float32_are_not_rounded_to_tf32(kernels):
 def test_slots_are_gathered_without_a_wait():
     table = torch.arange(60, dtype=torch.int32, device=CUDA).view(6, 10)
     rows = torch.tensor([4, 1, 5], device=CUDA)
+    # The first time, CUDA loads the kernels and allocates page-locked memory: both wait for the
+    # device, and neither happens again.
+    slots_of(table, rows, [2, 0, 9], [5, 4, 10])
     torch.cuda.synchronize()
     torch.cuda._sleep(100_000_000)
     behind = torch.cuda.Event()

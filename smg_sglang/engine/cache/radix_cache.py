@@ -15,6 +15,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from smg_sglang.config import WritePolicy
+from smg_sglang.engine.cache.kv_events import HostEvents
 from smg_sglang.engine.cache.linker import SmgLinker
 from smg_sglang.engine.cache.linker_wrapper import SmgLinkerWrapper
 from smg_sglang.engine.cache.prefetch import Prefetch
@@ -32,11 +33,13 @@ if TYPE_CHECKING:
 class SmgRadixCache(UnifiedRadixCache):
     """The device level, and what hangs on it: `host_tier`, the level below; where they are switched
     on, `streams`, the requests whose context is larger than the device, `prefetch`, which loads for
-    requests that wait, and `prefix_waits`, those that wait for a prefix that others compute."""
+    requests that wait, `prefix_waits`, those that wait for a prefix that others compute, and
+    `host_events`, what routers are told of host memory."""
 
     streams: Streams | None = None
     prefetch: Prefetch | None = None
     prefix_waits: PrefixWaits | None = None
+    host_events: HostEvents | None = None
 
     @property
     def host_tier(self) -> HostTier | None:
@@ -51,6 +54,8 @@ class SmgRadixCache(UnifiedRadixCache):
         if (ahead := cache_linker.tier.ahead) is not None:
             self.prefetch = Prefetch(self, cache_linker.tier, ahead)
         self.prefix_waits = PrefixWaits(self, cache_linker.tier)
+        if self.tree_core.kv_events.enabled:
+            self.host_events = HostEvents(cache_linker.tier, self.page_size)
 
     def reset(self) -> None:
         if self.prefetch is not None:
@@ -97,6 +102,11 @@ class SmgRadixCache(UnifiedRadixCache):
         """SGLang has formed a batch, and these requests go on waiting."""
         if self.prefetch is not None:
             self.prefetch.look_ahead(queue)
+
+    def take_events(self) -> list[Any]:
+        """KV events of the device, and of host memory."""
+        events: list[Any] = super().take_events()
+        return events if self.host_events is None else self.host_events.take(events)
 
     def wait_for_prefix(self, adder: Any, req: Any) -> Any:
         """SGLang asks to admit a request: a verdict without doing so, where it is to wait."""

@@ -33,7 +33,7 @@ class World:
         pool = DevicePool.mha(self.k, self.v, PAGE)
         namespace = namespace_of(pool.layout)
         config = SmgConfig(
-            memory_address=directory, write_policy=policy, lookup_timeout_ms=500, prefetch=True
+            memory_address=directory, write_policy=policy, lookup_timeout_ms=5000, prefetch=True
         )
         self.tier = HostTier(config, directory, namespace, pool, before_copy=before_copy)
         assert self.tier.connections._pair.scheduler.wait(5)
