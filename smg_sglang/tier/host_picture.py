@@ -15,11 +15,17 @@ from smg_sglang.tree.page_keys import KEY_BYTES
 
 BlockT = TypeVar("BlockT")
 
+#: Blocks that are kept after they have left device and host memory: a page may have gone from the
+#: device before it is heard that its copy came to host memory.
+KEPT = 1 << 16
+
 
 class HostPicture(Generic[BlockT]):
     """`BlockT` is what is told of a page when it comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: int = KEPT) -> None:
+        self._kept = kept
+        self._nowhere: dict[int, None] = {}  # blocks that are kept, in the order they left
         self._held: set[int] = set()
         self._blocks: dict[int, BlockT] = {}
         self._on_device: set[int] = set()
@@ -34,14 +40,14 @@ class HostPicture(Generic[BlockT]):
         """A block is on the device; it is to be told now where host memory has it, too, and nobody
         knew its tokens."""
         self._on_device.add(name)
+        self._nowhere.pop(name, None)
         self._blocks[name] = block
         return self._tell(name)
 
     def off_device(self, name: int) -> None:
-        """It has left the device. What is not in host memory either may be forgotten."""
+        """It has left the device."""
         self._on_device.discard(name)
-        if name not in self._held:
-            self._blocks.pop(name, None)
+        self._keep(name)
 
     def change(self, whole: bool, entries: Iterable[Entry]) -> Iterator[tuple[int, BlockT | None]]:
         """What is to be told of what the memory server says has come and gone, in order, or of all
@@ -54,6 +60,7 @@ class HostPicture(Generic[BlockT]):
             for name in _names(keys):
                 if came:
                     self._held.add(name)
+                    self._nowhere.pop(name, None)
                     if (block := self._tell(name)) is not None:
                         yield name, block
                 elif self._go(name):
@@ -65,15 +72,24 @@ class HostPicture(Generic[BlockT]):
         self._blocks.clear()
         self._on_device.clear()
         self._told.clear()
+        self._nowhere.clear()
 
     def _go(self, name: int) -> bool:
         """Whether others think that it is there."""
         self._held.discard(name)
-        if name not in self._on_device:
-            self._blocks.pop(name, None)
+        self._keep(name)
         told = name in self._told
         self._told.discard(name)
         return told
+
+    def _keep(self, name: int) -> None:
+        """A block that is nowhere any more is kept for a while."""
+        if name not in self._blocks or name in self._held or name in self._on_device:
+            return
+        self._nowhere[name] = None
+        if len(self._nowhere) > self._kept:
+            oldest = next(iter(self._nowhere))
+            del self._nowhere[oldest], self._blocks[oldest]
 
     def _tell(self, name: int) -> BlockT | None:
         block = self._blocks.get(name)

@@ -35,10 +35,27 @@ def test_a_page_that_left_the_device_stays_known_as_long_as_host_memory_has_it()
     picture.on_device(1, "one")
     list(picture.change(False, [(True, keys(1))]))
     picture.off_device(1)
-    assert list(picture.change(False, [(False, keys(1)), (True, keys(1))])) == [(1, None)]
+    gone_and_back = picture.change(False, [(False, keys(1)), (True, keys(1))])
+    assert list(gone_and_back) == [(1, None), (1, "one")]
+
+
+def test_a_page_that_left_the_device_before_its_copy_was_heard_of_is_told():
+    picture = HostPicture()
     picture.on_device(2, "two")
     picture.off_device(2)
-    assert list(picture.change(False, [(True, keys(2))])) == []
+    assert list(picture.change(False, [(True, keys(2))])) == [(2, "two")]
+
+
+def test_what_is_nowhere_is_forgotten_in_the_end():
+    picture = HostPicture(kept=2)
+    for name in (1, 2, 3):
+        picture.on_device(name, f"b{name}")
+        picture.off_device(name)
+    list(picture.change(False, [(True, keys(2)), (False, keys(2))]))
+    picture.on_device(4, "b4")
+    picture.off_device(4)
+    assert len(picture._blocks) == 2
+    assert list(picture.change(False, [(True, keys(1, 2, 3, 4))])) == [(2, "b2"), (4, "b4")]
 
 
 def test_all_that_is_there_takes_the_place_of_what_was():
@@ -76,18 +93,15 @@ def test_whoever_listens_knows_what_is_there_and_known(steps):
             hear([(name, block)] if block is not None else [])
         elif step == "off":
             device.discard(name)
-            known -= {name} - held
             picture.off_device(name)
         elif step == "come":
             held.add(name)
             hear(picture.change(False, [(True, key(name))]))
         elif step == "go":
             held.discard(name)
-            known &= device | held
             hear(picture.change(False, [(False, key(name))]))
         elif step == "whole":
             held = {n for n in held if n != name} | {name + 1}
-            known &= device | held
             hear(picture.change(True, [(True, keys(*sorted(held)))]))
         else:
             held, device, known = set(), set(), set()
