@@ -25,5 +25,8 @@ from smg_sglang.config.policies import (
     EvictionName as EvictionName,
 )
 from smg_sglang.config.policies import (
+    StorageName as StorageName,
+)
+from smg_sglang.config.policies import (
     WritePolicy as WritePolicy,
 )

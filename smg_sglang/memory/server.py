@@ -26,6 +26,7 @@ from smg_sglang.memory.pretouch import Pretouch
 from smg_sglang.memory.rare_log import RareLog
 from smg_sglang.memory.sockets import bind, listen
 from smg_sglang.memory.stats import Stats
+from smg_sglang.memory.storage_process import StorageProcess
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class MemoryServer:
         check_host_bytes(host_bytes)
         self.address = address
         self.epoch = secrets.token_hex(8)
-        self._host_bytes = host_bytes
+        self.host_bytes = host_bytes
         self._started = time.monotonic()
         self._malformed = 0
         self._strays = 0
@@ -109,7 +110,7 @@ class MemoryServer:
             while self._running:
                 self._step()
         finally:
-            self._close()
+            self.close()
 
     def stop(self) -> None:
         """End `run` soon. From any thread or a signal handler."""
@@ -175,7 +176,7 @@ class MemoryServer:
         self._clients[fd] = (guest, identity)
         self._known[identity] = fd
         self._poller.register(fd, zmq.POLLIN)
-        welcome = protocol.Welcome(identity, self.epoch, self._host_bytes, geometry)
+        welcome = protocol.Welcome(identity, self.epoch, self.host_bytes, geometry)
         try:
             socket.send_fds(guest, [protocol.encode(welcome)], [self._arena_fd])
         except OSError:
@@ -244,7 +245,8 @@ class MemoryServer:
         self._malformed += 1
         self._rare.warn("dropped a malformed message", f"{reason}: {data[:32]!r}")
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Give everything back; `run` does it at its end."""
         if self._pretouch:
             self._pretouch.stop()
         for life, _ in self._clients.values():
@@ -265,9 +267,12 @@ def run_server(
     *,
     pretouch: bool = True,
     eviction: EvictionName = DEFAULT_EVICTION,
+    storage: tuple[str, str | None] | None = None,
     parent_fd: int | None = None,
 ) -> None:
     """Serve in this process until SIGTERM or SIGINT; blocks. Main thread only.
+
+    `storage` is a backend's name and configuration, which a process of its own drives.
 
     With `parent_fd`, one end of the parent's socket pair: tell it when the server is ready, live
     until its other end closes (however the parent dies), leave SIGINT to the parent (Ctrl-C
@@ -275,10 +280,27 @@ def run_server(
     """
     server = MemoryServer(address, host_bytes, pretouch=pretouch, eviction=eviction)
     _stop_at_signals(server, signal.SIGTERM, *([signal.SIGINT] if parent_fd is None else []))
+    with contextlib.ExitStack() as beside:
+        if storage is not None:
+            beside.callback(_start_storage(server, *storage).stop)
+        _serve(server, address, eviction, parent_fd)
+
+
+def _start_storage(server: MemoryServer, name: str, config: str | None) -> StorageProcess:
+    try:
+        return StorageProcess.start(server.address, name, config)
+    except BaseException:
+        server.close()
+        raise
+
+
+def _serve(
+    server: MemoryServer, address: Address, eviction: EvictionName, parent_fd: int | None
+) -> None:
     if parent_fd is None:
         log.info(
             "%.2f GiB of host memory, evicted by %s, address %s",
-            host_bytes / GIB,
+            server.host_bytes / GIB,
             eviction,
             address,
         )

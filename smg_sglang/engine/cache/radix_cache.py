@@ -85,6 +85,18 @@ class SmgRadixCache(UnifiedRadixCache):
 
     # ---- requests that wait ----
 
+    def waits_for_storage(self, req: Any) -> bool:
+        """Whether a request that has just been matched is to be passed over in this batch, since
+        storage is bringing its prefix. Where it is not, SGLang is told what storage has brought."""
+        if not isinstance(self.linker, SmgLinkerWrapper) or self.linker.tier.stored is None:
+            return False
+        if req.rid in self.linker.waiting:
+            return True
+        start, tokens = self.linker.tier.stored.span(req.rid)
+        if tokens:
+            req.storage_hit_start, req.storage_hit_length = start, tokens
+        return False
+
     def check_hicache_events(self) -> None:
         super().check_hicache_events()
         if self.prefetch is not None:

@@ -83,7 +83,7 @@ def _register_stream_hooks(hook: Callable[..., None], kind: Any) -> None:
     running = f"{adder}._get_running_request_total_token_offset"
     memory = "managers.schedule_batch.ScheduleBatch.check_decode_mem"
     info = "managers.tp_worker.TpModelWorker.get_worker_info"
-    hook(f"{adder}.add_one_req", streams.around_add_one_req, kind.AROUND)
+    hook(f"{adder}.add_one_req", _around_add_one_req, kind.AROUND)
     hook(f"{adder}.add_chunked_req", streams.around_add_chunked_req, kind.AROUND)
     hook(running, streams.around_running_offset, kind.AROUND)
     hook(memory, streams.before_check_decode_mem, kind.BEFORE)
@@ -164,6 +164,21 @@ def _after_new_batch(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> 
     prefetch_waiting = getattr(scheduler.tree_cache, "prefetch_waiting", None)
     if prefetch_waiting is not None:
         prefetch_waiting(scheduler.waiting_queue)
+
+
+def _around_add_one_req(
+    original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """A request whose prefix is on its way from storage stays in the queue; those behind it may go
+    first. Others may be streams."""
+    from smg_sglang.engine.streams.scheduling import around_add_one_req
+
+    waits = getattr(adder.tree_cache, "waits_for_storage", None)
+    if waits is not None and waits(req):
+        from sglang.srt.managers.schedule_policy import AddReqResult
+
+        return AddReqResult.CONTINUE
+    return around_add_one_req(original, adder, req, *args, **kwargs)
 
 
 def _before_release_req(*, req: Any, tree_cache: Any, **kwargs: Any) -> None:

@@ -241,6 +241,7 @@ def test_streams_on_a_cpu_choose_a_chunk_where_the_user_gave_none(given, chosen)
 
 def test_each_flag_can_be_given_on_every_way_that_is_derived_from_it(monkeypatch):
     values = {"write_policy": "selective", "eviction_policy": "lfu", "host_gb": "0.5"}
+    values["storage"] = "file"
     monkeypatch.setenv("SMG_ENABLE", "1")
     for field, option in OPTIONS.items():
         text = values.get(field, "1")
