@@ -9,7 +9,7 @@ TRACE ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-split test-models test-gpu bench bench-all bench-programs bench-replay bench-split
-.PHONY: bench-context bench-prefetch bench-tree bench-transfer bench-host-attention bench-gpu gpu-bundle readme lint model clean distclean
+.PHONY: bench-context bench-prefetch bench-tree bench-transfer bench-host-attention bench-host-dtype bench-gpu gpu-bundle readme lint model clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -63,6 +63,9 @@ bench-transfer: $(VENV)/.ready ## how fast pages move between device pool and ho
 
 bench-host-attention: $(VENV)/.ready ## decode attention over host pages: kernel, torch, plain read; ARGS="flags"
 	@$(RUN) bench/host_attention.py $(ARGS)
+
+bench-host-dtype: $(VENV)/.ready ## the next token after host hits from fp8 pages; ARGS="flags"
+	@$(RUN) -m bench.host_dtype $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
 
 bench-gpu: $(VENV)/.ready ## copies and attention on a CUDA device; results go to bench/results
 	@$(RUN) bench/transfer.py --device cuda

@@ -30,8 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 from smg_sglang.memory.arena import Arena, create_memfd
+from smg_sglang.transfer.compiling import copy_kernels
 from smg_sglang.transfer.copy_rates import measure_copies
-from smg_sglang.transfer.cpu import CpuMover, kernels
+from smg_sglang.transfer.cpu import CpuMover
 from smg_sglang.transfer.cuda import CudaMover
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import Mover
@@ -113,7 +114,7 @@ def movement(world: World, mover: Mover, label: str, pages: int | None = None) -
 
 def cpu_subjects(world: World) -> Subjects:
     copy = np.ones(world.nbytes, dtype=np.uint8)
-    if not kernels.wait():
+    if not copy_kernels.wait():
         raise SystemExit("numba could not compile the copy kernels")
     return {
         "plain memcpy": lambda: np.copyto(copy, world.arena.buffer),

@@ -60,6 +60,8 @@ def test_more_than_is_free_is_refused(monkeypatch):
         ({"storage_config": "{}"}, "--smg-storage-config needs --smg-storage"),
         ({"storage": "file", "memory_address": "/run/smg"}, "give --storage to"),
         ({"storage_wait_ms": 0}, "--smg-storage-wait-ms must be above 0"),
+        ({"stream_context": True, "host_dtype": "fp8"}, "not as --smg-host-dtype fp8"),
+        ({"host_dtype": "int4"}, "--smg-host-dtype must be one of auto, fp8, not 'int4'"),
         ({"memory_address": "tcp://1.2.3.4:5"}, "--smg-memory must be"),
         ({"memory_address": "/" + "x" * 119}, "--smg-memory is longer than"),
         ({"memory_address": "relative/dir"}, "--smg-memory must be"),

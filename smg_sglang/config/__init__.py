@@ -25,6 +25,9 @@ from smg_sglang.config.policies import (
     EvictionName as EvictionName,
 )
 from smg_sglang.config.policies import (
+    HostDtype as HostDtype,
+)
+from smg_sglang.config.policies import (
     StorageName as StorageName,
 )
 from smg_sglang.config.policies import (

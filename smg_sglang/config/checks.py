@@ -13,6 +13,7 @@ from smg_sglang.config.policies import (
     DEFAULT_SPLIT_TOKENS,
     MAX_PAGE_SIZE,
     MIN_HOST_GB,
+    HostDtype,
     WritePolicy,
 )
 from smg_sglang.config.storage import storage_settings
@@ -39,6 +40,11 @@ def make_config(*, device: str = "cpu", **given: Any) -> SmgConfig:
     chosen |= _memory_choice(chosen, device) | _split_choice(chosen, device)
     config = SmgConfig(**chosen)
     check_stream_context(config.stream_context, config.workers, device)
+    if config.stream_context and config.host_dtype is not HostDtype.AUTO:
+        raise ConfigError(
+            "--smg-stream-context attends host memory as it lies, not as --smg-host-dtype fp8 "
+            "keeps it; drop one of the two."
+        )
     return config
 
 

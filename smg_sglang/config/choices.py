@@ -19,6 +19,7 @@ from smg_sglang.config.policies import (
     MAX_PAGE_SIZE,
     MIN_HOST_GB,
     EvictionName,
+    HostDtype,
     StorageName,
     WritePolicy,
 )
@@ -92,6 +93,11 @@ class SmgConfig:
         16,
         f"Tokens a page, a power of two from 1 to {MAX_PAGE_SIZE}, where --page-size is not given",
         metavar="TOKENS",
+    )
+    host_dtype: HostDtype = option(
+        HostDtype.AUTO,
+        "Keep KV in host memory as the device stores it (auto), or rounded to fp8 with a scale a "
+        "head: nearly twice the pages, and answers after a host hit may differ",
     )
     lookup_timeout_ms: float = option(
         20.0,

@@ -41,6 +41,16 @@ _USES_BEFORE_SPILL = {
 }
 
 
+class HostDtype(StrEnum):
+    """What host memory keeps of a number.
+
+    auto: its bytes. fp8: e4m3, with a scale a head and token; half of bfloat16's bytes.
+    """
+
+    AUTO = "auto"
+    FP8 = "fp8"
+
+
 class EvictionName(StrEnum):
     """Which host pages go first when memory is full (`smg_sglang/tree/eviction.py`).
 

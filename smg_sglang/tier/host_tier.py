@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import torch
 
-from smg_sglang.config import MAX_WAITING_SHARE, SmgConfig
+from smg_sglang.config import MAX_WAITING_SHARE, HostDtype, SmgConfig
 from smg_sglang.errors import MemoryUnavailable
 from smg_sglang.memory.arena import Arena
 from smg_sglang.memory.client import Lease, MemoryConnection
@@ -85,7 +85,7 @@ class HostTier:
         """
         self.config = config
         self.counters = TierCounters()
-        self.layout, self.device, self.before_copy = pool.layout, pool.device, before_copy
+        self.device, self.before_copy = pool.device, before_copy
         self._ranks = ranks
         self._timeout_s = config.lookup_timeout_ms / 1000
         self._arena: Arena | None = None
@@ -97,8 +97,10 @@ class HostTier:
         self.pins = ArenaPins()
         # Before the first request, when nothing else is copied.
         self._copies = measure_copies(pool) if pool.device.type == "cuda" else None
-        mover = partial(make_mover, order_after=forward_streams, pins=self.pins)
+        narrow = config.host_dtype is HostDtype.FP8
+        mover = partial(make_mover, order_after=forward_streams, pins=self.pins, narrow=narrow)
         self._mover = mover(pool)
+        self.layout = self._mover.layout
         self._make_trails(mover, windows)
         movers = [self._mover, *(trail.mover for trail in self.trails)]
         numbers = [layers, *(window.layers for window in windows)]
@@ -112,12 +114,13 @@ class HostTier:
     def _make_trails(self, mover: Any, windows: Sequence[WindowLayers]) -> None:
         full = self.connections.namespace
         for number, window in enumerate(windows, 1):
-            layout = window.pool.layout
+            window_mover = mover(window.pool, beside=self._mover)
+            layout = window_mover.layout
             mine = msgspec.structs.replace(
                 full, layout=f"window:{layout.describe()}", page_bytes=layout.page_bytes
             )
             trail = Trail(
-                mover(window.pool, beside=self._mover),
+                window_mover,
                 mine,
                 self.connections.address,
                 self.connections.mappings,

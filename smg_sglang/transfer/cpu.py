@@ -10,21 +10,15 @@ once a page, and a busy scheduler thread gives it back after 5 ms each time.
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from smg_sglang.transfer.compiling import copy_kernels
 from smg_sglang.transfer.layout import DevicePool
-from smg_sglang.transfer.mover import Mark, Mover, PageMove
+from smg_sglang.transfer.mover import Mark, Mover, PageMove, slots_within
 from smg_sglang.transfer.torch_rows import copy_rows as torch_copy_rows
-
-logger = logging.getLogger(__name__)
-
-RowKernel = Callable[[np.ndarray, np.ndarray, np.ndarray, int, np.ndarray, np.ndarray, int], None]
-"""(bases, row_bytes, page_offsets, arena address, slots, page byte offsets, page_size)"""
 
 
 class CpuMover(Mover):
@@ -44,7 +38,7 @@ class CpuMover(Mover):
         self._segments = segments
         self._compiled = compiled
         if compiled:
-            kernels.start()
+            copy_kernels.start()
 
     def spill(self, move: PageMove, after: Sequence[Mark] = ()) -> None:
         # The forward is synchronous: what it wrote is there.
@@ -56,19 +50,14 @@ class CpuMover(Mover):
 
     def _checked_slots(self, slots: torch.Tensor) -> torch.Tensor:
         # The kernels write through raw addresses: a wrong slot must not get there.
-        if slots.numel() and not 0 <= int(slots.min()) <= int(slots.max()) < self.pool.num_slots:
-            raise ValueError(
-                f"slots {int(slots.min())}..{int(slots.max())} are not in a pool of "
-                f"{self.pool.num_slots}"
-            )
-        return slots.contiguous()
+        return slots_within(slots, self.pool.num_slots)
 
     def _copy(self, first: int, end: int, move: PageMove, *, to_arena: bool) -> None:
-        compiled = kernels.ready() if self._compiled else None
+        compiled = copy_kernels.ready() if self._compiled else None
         if compiled is None:
             self._copy_with_torch(first, end, move, to_arena)
             return
-        kernel = compiled.spill if to_arena else compiled.load
+        kernel = compiled.spill_rows if to_arena else compiled.load_rows
         kernel(
             self._bases[first:end],
             self._row_bytes[first:end],
@@ -84,49 +73,3 @@ class CpuMover(Mover):
             layer, part = self._segments[segment]
             offsets = move.offsets + self._offsets[segment]
             torch_copy_rows(self.pool.rows[layer][part], move, offsets, to_arena=to_arena)
-
-
-class Compiled:
-    """The kernels once they are compiled."""
-
-    def __init__(self, spill: RowKernel, load: RowKernel) -> None:
-        self.spill, self.load = spill, load
-
-
-class KernelLoader:
-    """Compiles the kernels once per process, on a thread that ends when it is done."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._compiled: Compiled | None = None
-
-    def start(self) -> None:
-        """Begin to compile unless that was done before; returns at once."""
-        with self._lock:
-            if self._thread is None:
-                # Not a daemon: LLVM must not be torn down at exit while it compiles.
-                self._thread = threading.Thread(target=self._run, name="smg-compile")
-                self._thread.start()
-
-    def ready(self) -> Compiled | None:
-        """The kernels, or None while they are being compiled or when there is no numba."""
-        return self._compiled
-
-    def wait(self) -> bool:
-        """Block until compiling has ended; whether there are kernels. For tests and benchmarks."""
-        self.start()
-        assert self._thread is not None
-        self._thread.join()
-        return self._compiled is not None
-
-    def _run(self) -> None:
-        try:
-            from smg_sglang.transfer.numba_rows import load_rows, spill_rows
-        except Exception as error:
-            logger.warning("no compiled copy kernels (%s); copies use torch operations", error)
-            return
-        self._compiled = Compiled(spill_rows, load_rows)
-
-
-kernels = KernelLoader()

@@ -67,6 +67,15 @@ class PageMove:
         ]
 
 
+def slots_within(slots: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """The slots, in one piece. Raises ValueError for one that a CPU pool of so many has not."""
+    if slots.numel() and not 0 <= int(slots.min()) <= int(slots.max()) < num_slots:
+        raise ValueError(
+            f"slots {int(slots.min())}..{int(slots.max())} are not in a pool of {num_slots}"
+        )
+    return slots.contiguous()
+
+
 class Mark:
     """A point in the order of copies. On a CPU copies are done when they return: nothing to do."""
 

@@ -35,7 +35,7 @@ def test_a_wrong_flag_ends_at_once(tiny_model, args, says):
     assert "Traceback" not in end.stderr
 
 
-def test_a_sliding_window_model_is_refused_by_name_with_what_does_not_know_of_windows(tiny_model, tmp_path):
+def test_a_model_with_windows_refuses_what_does_not_know_of_them(tiny_model, tmp_path):
     """SGLang lets a model say in its configuration that it is one; only that is read."""
     for file in tiny_model.iterdir():
         shutil.copy(file, tmp_path)

@@ -66,7 +66,9 @@ def storage_process(server):
 @pytest.mark.timeout(600)
 def test_a_box_that_restarts_starts_warm(tiny_model, reference, args):
     expected = [reference[i] for i in ASKED]
-    pages = len({tuple(PROMPTS[i][: (n + 1) * 16]) for i in ASKED for n in range(len(PROMPTS[i]) // 16)})
+    pages = len(
+        {tuple(PROMPTS[i][: (n + 1) * 16]) for i in ASKED for n in range(len(PROMPTS[i]) // 16)}
+    )
     with nothing_left_behind(), running_server(tiny_model, args) as server:
         assert ids(answers(server)) == expected
         eventually(lambda: stored(server, "written") >= pages, "not written")
@@ -81,7 +83,9 @@ def test_a_box_that_restarts_starts_warm(tiny_model, reference, args):
         assert ids(warm) == expected
         assert_hits_of_storage(warm)
         tokens = sum(details(result).get("storage", 0) for result in warm)
-        eventually(lambda: metric(server, "smg:hit_tokens_total", tier="storage") == tokens, "metric")
+        eventually(
+            lambda: metric(server, "smg:hit_tokens_total", tier="storage") == tokens, "metric"
+        )
 
         storage_process(server).kill()
         server.flush()

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smg_sglang.transfer.cpu import CpuMover, KernelLoader, kernels
+from smg_sglang.transfer.compiling import KernelLoader, copy_kernels
+from smg_sglang.transfer.cpu import CpuMover
 from smg_sglang.transfer.movers import make_mover
 from tests.transfer import worlds
 
@@ -15,7 +16,7 @@ KERNELS = ["compiled", "torch"]
 
 
 def make_cpu_mover(pool, kernel):
-    if kernel == "compiled" and not kernels.wait():
+    if kernel == "compiled" and not copy_kernels.wait():
         pytest.skip("no numba here")
     return CpuMover(pool, compiled=kernel == "compiled")
 
@@ -146,7 +147,7 @@ def test_python_runs_on_while_pages_are_copied():
 def test_copies_are_right_while_the_kernels_are_still_compiled(monkeypatch):
     pool = worlds.make_pool()
     mover = CpuMover(pool)
-    monkeypatch.setattr(kernels, "_compiled", None)
+    monkeypatch.setattr(copy_kernels, "_compiled", None)
     arena, offsets = worlds.make_arena(pool, 5)
     slots = worlds.page_slots(pool, 5, seed=3)
     worlds.round_trip(pool, mover, slots, worlds.page_slots(pool, 5), arena, offsets)
@@ -154,6 +155,6 @@ def test_copies_are_right_while_the_kernels_are_still_compiled(monkeypatch):
 
 def test_without_numba_there_are_no_kernels_and_copies_go_on(monkeypatch):
     monkeypatch.setitem(sys.modules, "smg_sglang.transfer.numba_rows", None)
-    loader = KernelLoader()
+    loader = KernelLoader("smg_sglang.transfer.numba_rows")
     assert not loader.wait()
     assert loader.ready() is None

@@ -10,7 +10,7 @@ from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 
-from smg_sglang.config import SmgConfig
+from smg_sglang.config import HostDtype, SmgConfig
 from smg_sglang.engine.cache.identity import model_identity
 from smg_sglang.engine.options.record import carried
 from smg_sglang.errors import ConfigError
@@ -21,6 +21,7 @@ from smg_sglang.tier.ranks import Ranks
 from smg_sglang.tier.windows import WindowLayers
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import BeforeCopy, random_delay
+from smg_sglang.transfer.narrow import host_layout
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -54,20 +55,22 @@ class SmgLinker(UnifiedCacheLinker):
         kvcache, page_size = params.token_to_kv_pool_allocator.get_kvcache(), params.page_size
         pool, layers = full_layers(kvcache, page_size)
         windows = window_layers(kvcache, page_size, params.sliding_window_size)
+        config = SmgConfig.from_builtins(extra_config)
+        layout = host_layout(pool.layout, narrow=config.host_dtype is HostDtype.FP8)
         parallel = get_parallel()
         ranks = Ranks(parallel.attn_tp_rank, parallel.attn_tp_size, alike=has_latents(kvcache))
         namespace = Namespace(
             model=model_identity(server_args),
             dtype=pool.layout.dtype,
-            layout=pool.layout.describe(),
+            layout=layout.describe(),
             page_size=params.page_size,
-            page_bytes=pool.layout.page_bytes,
+            page_bytes=layout.page_bytes,
             tp_rank=ranks.shard,
             tp_size=ranks.shards,
         )
         self.forward_stream = forward_stream
         self.tier = HostTier(
-            SmgConfig.from_builtins(extra_config),
+            config,
             carried(server_args)["address"],
             namespace,
             pool,

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from smg_sglang.config import SmgConfig, make_config
+from smg_sglang.config import HostDtype, SmgConfig, make_config
 from smg_sglang.engine.options import refusals
 from smg_sglang.engine.options.record import ATTRIBUTE, NAME, device_kind
 
@@ -37,6 +37,8 @@ def configure(server_args: ServerArgs, given: Mapping[str, Any], origin: str) ->
     if server_args.page_size is None:
         server_args.page_size = config.page_size
     _leave_room(server_args, config)
+    if config.host_dtype is not HostDtype.AUTO:
+        refusals.refuse_beside_narrow_pages(server_args)
     if config.workers:
         refusals.refuse_beside_split(server_args)
         # The phase controller takes the place of SGLang's data-parallel controller.

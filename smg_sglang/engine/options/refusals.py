@@ -72,6 +72,15 @@ def refuse_flags(args: ServerArgs) -> None:
     )
 
 
+def refuse_beside_narrow_pages(args: ServerArgs) -> None:
+    """Refuse KV that has no more bits than `--smg-host-dtype fp8` leaves."""
+    _refuse_any(
+        "--smg-host-dtype fp8 cannot be combined with {}, which is stored as it is; drop one of "
+        "the two.",
+        [(args.kv_cache_dtype.startswith("fp8"), f"--kv-cache-dtype {args.kv_cache_dtype}")],
+    )
+
+
 def refuse_beside_split(args: ServerArgs) -> None:
     """Refuse what cannot be combined with prefill and decode workers."""
     _refuse_any(

@@ -103,6 +103,13 @@ def test_what_cannot_be_combined_is_refused_by_name(changes, flag):
         configuration.configure(make_args(**changes), {"host_gb": 0.5}, origin="engine")
 
 
+def test_kv_in_fp8_is_not_rounded_to_fp8():
+    given = {"host_gb": 0.5, "host_dtype": "fp8"}
+    configuration.configure(make_args(kv_cache_dtype="bf16"), given, origin="engine")
+    with pytest.raises(ConfigError, match="--kv-cache-dtype fp8_e5m2, which is stored as it is"):
+        configuration.configure(make_args(kv_cache_dtype="fp8_e5m2"), given, origin="engine")
+
+
 def test_a_wrong_flag_ends_with_one_sentence_and_code_2(capsys):
     with pytest.raises(SystemExit) as end:
         command_line.configure_from_cli(make_args(), parse("--enable-smg", "--smg-host-gb", "-3"))
@@ -240,8 +247,13 @@ def test_streams_on_a_cpu_choose_a_chunk_where_the_user_gave_none(given, chosen)
 
 
 def test_each_flag_can_be_given_on_every_way_that_is_derived_from_it(monkeypatch):
-    values = {"write_policy": "selective", "eviction_policy": "lfu", "host_gb": "0.5"}
-    values["storage"] = "file"
+    values = {
+        "write_policy": "selective",
+        "eviction_policy": "lfu",
+        "host_gb": "0.5",
+        "host_dtype": "fp8",
+        "storage": "file",
+    }
     monkeypatch.setenv("SMG_ENABLE", "1")
     for field, option in OPTIONS.items():
         text = values.get(field, "1")

@@ -23,7 +23,7 @@ def opened(folder, **settings):
     return open_backend("file", {"file_storage_path": str(folder), **settings})
 
 
-def rows(n=len(NAMES)):
+def rows(n=8):
     made = np.random.default_rng(0).integers(0, 256, (n, SIZE), dtype=np.uint8)
     for name, row in zip(NAMES, made, strict=False):
         seal(name, row[:-SEAL_BYTES].copy(), row)

@@ -34,7 +34,7 @@ def children(process):
 def test_it_keeps_pages_is_started_again_and_ends_with_its_server(folder):
     address, storm = folder / "m", make_path(*range(1000, 1040))
     with subprocess.Popen(with_storage(folder, address)) as server:
-        eventually(lambda: (address / "storage").exists(), BUSY_S)
+        eventually((address / "storage").exists, BUSY_S)
         connection = MemoryConnection.open(str(address), make_namespace(), 10)
         client = StorageClient(str(address), make_namespace(), wait_s=BUSY_S)
         write(str(address), connection, client, PATH)
