@@ -263,6 +263,31 @@ def test_a_cache_of_sglang_admits_as_ever(sglangs, load, one):
     check(one, *passes(sglangs, load, one, Plain, defaults(sglangs[2])))
 
 
+def passes_over(rid: str) -> bool:
+    return rid == "stored"
+
+
+class Storing(Plain):
+    """A cache to which storage is bringing the prefix of one request."""
+
+    def waits_for_storage(self, req) -> bool:
+        return passes_over(req.rid)
+
+
+def test_hook_and_patch_pass_over_a_request_that_waits_for_storage(sglangs, load):
+    class Asking(defaults(sglangs[2])):
+        def admit_streamed(self, adder, req, has_chunked_req):
+            from sglang.srt.managers.schedule_policy import AddReqResult
+
+            return AddReqResult.CONTINUE if passes_over(req.rid) else None
+
+    one = Pass(waiting=(("stored", 100), ("short", 100), ("stored", 50)))
+    hooked, patched = passes(sglangs, load, one, Storing, Asking)
+    assert hooked == patched
+    assert hooked["verdicts"] == ("CONTINUE",) * 3
+    assert hooked["runs"] == (("short", 0, 100),)
+
+
 def decode(source, wrap, cache_class, free: int, *, selected=None):
     """(what streams were told to leave when the check came, the requests it was about)."""
     cache = cache_class(Allocator(free))

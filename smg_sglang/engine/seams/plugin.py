@@ -169,14 +169,15 @@ def _after_new_batch(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> 
 def _around_add_one_req(
     original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """A request whose prefix is on its way from storage stays in the queue; those behind it may go
-    first. Others may be streams."""
+    """A request whose prefix is on its way from storage stays in the queue, and those behind it may
+    go first: it is neither admitted nor refused. Others may be streams."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
     from smg_sglang.engine.streams.scheduling import around_add_one_req
 
+    full = adder.prefill_max_requests
     waits = getattr(adder.tree_cache, "waits_for_storage", None)
-    if waits is not None and waits(req):
-        from sglang.srt.managers.schedule_policy import AddReqResult
-
+    if waits is not None and (full is None or len(adder.can_run_list) < full) and waits(req):
         return AddReqResult.CONTINUE
     return around_add_one_req(original, adder, req, *args, **kwargs)
 
