@@ -132,6 +132,11 @@ class StorageClient:
         with self._lock, contextlib.suppress(zmq.ZMQError):
             while not self._closed and self._socket.poll(0):
                 self._note(self._socket.recv(zmq.DONTWAIT))
+            if self._waiting and not self._closed and not self._socket.poll(0, zmq.POLLOUT):
+                # There is nobody at the other end any more, and the next one knows of nothing.
+                for fetch in self._waiting.values():
+                    fetch.done = True
+                self._waiting.clear()
 
     def _note(self, data: bytes) -> None:
         self._breaker.heard()

@@ -110,6 +110,6 @@ def connect(address: Address) -> "zmq.Socket[bytes]":
     dealer.setsockopt(zmq.LINGER, 0)
     dealer.setsockopt(zmq.IMMEDIATE, 1)
     dealer.setsockopt(zmq.RECONNECT_IVL, 100)
-    dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+    dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
     dealer.connect(f"ipc://{socket_path(address)}")
     return dealer

@@ -6,6 +6,7 @@ once whatever is being read, and a write is never in the way of a read.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -41,6 +42,7 @@ WRITE_DEADLINE_S = 30.0
 #: Offers that wait, each of a path; beyond it they are dropped.
 _MOST_OFFERS = 512
 _MOST_WANTED = 1024
+_GOODBYE_S = 0.2
 
 
 class _Worker(Generic[_T]):
@@ -64,9 +66,12 @@ class _Worker(Generic[_T]):
         return True
 
     def stop(self) -> None:
-        """After what waits; daemon threads that hang are left."""
+        """After what it is at, if that is soon; a daemon thread that hangs is left."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
         self._queue.put(None)
-        self._thread.join(1.0)
+        self._thread.join(_GOODBYE_S)
 
     def _run(self) -> None:
         while True:

@@ -178,6 +178,19 @@ def test_without_a_storage_process_all_is_a_miss_until_there_is_one(world):
     eventually(lambda: world.fetch(client, PATH, f"r{next(numbers)}").end == 99)
 
 
+def test_a_storage_process_that_dies_lets_nobody_wait(world):
+    client = world.client(wait_s=600)
+    world.keep(client, PATH)
+    world.lose()
+    world.backend.gate.clear()
+    assert not client.fetch("r", PATH, 0).done
+    world.stop_service()  # with its answer still to come
+    assert world.fetch(client, PATH).end == 0
+    assert client.late == 0
+    world.backend.gate.set()
+    world.start_service()
+
+
 def test_garbage_is_dropped(world):
     import zmq
 
