@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
 import threading
 import time
@@ -46,7 +47,7 @@ def has_storage(address: str) -> bool:
 
 
 class StorageClient:
-    """Never waits and never raises: what storage cannot do is not there.
+    """Never raises, and but for `fetch` never waits: what storage cannot do is not there.
 
     Scheduler thread only, but `offer` (the spill thread's, too).
     """
@@ -56,15 +57,20 @@ class StorageClient:
         address: str,
         namespace: Namespace,
         wait_s: float,
+        word_s: float = 0.02,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
             address: directory of the memory server's sockets.
             wait_s: how long a request waits at most.
+            word_s: how long `fetch` itself waits for the word whether there is anything, so that a
+                miss costs no step of the scheduler. Not where the last word took longer.
         """
         self._namespace = namespace
-        self._wait_s = wait_s
+        self._wait_s, self._word_s = wait_s, word_s
+        self._is_prompt = True
+        self._heard_of = 0  # the newest fetch, by id, that was answered at all
         self._clock = clock
         self._socket = protocol.connect(Address.parse(address))
         self._lock = threading.Lock()  # ZMQ's sockets are one thread's at a time
@@ -93,10 +99,23 @@ class StorageClient:
             fetch.done = True
             return
         message = protocol.Fetch(fetch.id, self._namespace, path, start)
-        if self._send(message):
-            self._waiting[fetch.id] = fetch
-        else:
+        self._waiting[fetch.id] = fetch
+        if not self._send(message):
+            del self._waiting[fetch.id]
             fetch.done = True
+        elif self._is_prompt:
+            self._await_word(fetch)
+
+    def _await_word(self, fetch: Fetch) -> None:
+        deadline = self._clock() + self._word_s
+        while self._heard_of < fetch.id:
+            left_ms = math.ceil((deadline - self._clock()) * 1000)
+            if left_ms <= 0:
+                self._is_prompt = False
+                return
+            with self._lock:
+                self._socket.poll(left_ms)
+            self.poll()
 
     def _may_ask(self) -> bool:
         if self._closed or self._breaker.try_close():
@@ -145,7 +164,10 @@ class StorageClient:
         except msgspec.MsgspecError as error:
             log.debug("unreadable reply from storage: %s", error)
             return
-        if isinstance(reply, protocol.Fetched) and reply.id in self._waiting:
+        if not isinstance(reply, protocol.Fetched):
+            return
+        self._is_prompt, self._heard_of = True, max(self._heard_of, reply.id)
+        if reply.id in self._waiting:
             self._breaker.answered()
             fetch = self._waiting[reply.id]
             fetch.end = max(fetch.end, reply.end)

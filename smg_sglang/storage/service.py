@@ -183,6 +183,7 @@ class StorageService:
                 fetch.namespace, fetch.path[: end * KEY_BYTES], end, self._teller(name, False)
             )
             self._wanted[name] = wanted
+            wanted.tell(fetch.start)  # there is something, it may take a while
             if not found or not self._readers.put((name, wanted)):
                 self._end(name, fetch.start)
 

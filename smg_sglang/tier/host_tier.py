@@ -168,7 +168,9 @@ class HostTier:
 
     def _published(self, connection: MemoryConnection, path: bytes) -> None:
         if self.stored is not None:
-            self.stored.offer(connection, path)
+            behind = connection is self.connections.background()
+            timeout_s = BACKGROUND_TIMEOUT_S if behind else self._timeout_s
+            self.stored.offer(connection, path, timeout_s)
 
     def release(self, lease: Lease) -> None:
         """End a lease that the caller holds, whichever layers' it is."""

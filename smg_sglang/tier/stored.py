@@ -30,7 +30,12 @@ class Stored:
         if not has_storage(connections.address):
             return None
         namespace = connections.namespace
-        client = StorageClient(connections.address, namespace, config.storage_wait_ms / 1000)
+        client = StorageClient(
+            connections.address,
+            namespace,
+            wait_s=config.storage_wait_ms / 1000,
+            word_s=config.lookup_timeout_ms / 1000,
+        )
         return cls(client, connections.address, namespace.page_size)
 
     def waits(self, rid: str, path: bytes, have: int) -> bool:
@@ -69,11 +74,11 @@ class Stored:
         self._client.forget(rid)
         self._taken_in.discard(rid)
 
-    def offer(self, connection: MemoryConnection, path: bytes) -> None:
-        """`path` was published on this connection."""
+    def offer(self, connection: MemoryConnection, path: bytes, timeout_s: float) -> None:
+        """`path` was published on this connection. Waits so long at most."""
         try:
             # The storage process asks the memory server, which is to know of it by then.
-            connection.ping(BACKGROUND_TIMEOUT_S)
+            connection.ping(timeout_s)
         except MemoryUnavailable:
             return
         self._client.offer(path)

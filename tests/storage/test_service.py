@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from smg_sglang.storage import service as service_module
+from smg_sglang.storage.protocol import GetCounters
 from smg_sglang.storage.sealed import object_names, object_suffix
 from tests.memory.world import eventually, make_namespace, make_path
 from tests.storage.world import World
@@ -43,8 +44,11 @@ def test_nothing_is_leased_or_reserved_afterwards(world):
     assert world.connection.stats(5).pages_writing == 0
 
 
-def test_a_miss_takes_no_host_memory(world):
-    assert world.fetch(world.client(), PATH).end == 0
+def test_a_miss_is_told_at_once_and_takes_no_host_memory(world):
+    client = world.client(wait_s=600)
+    client._word_s = 60  # the box may be busy
+    eventually(lambda: client._send(GetCounters(0)))  # it is connected
+    assert client.fetch("r", PATH, 0).done
     assert world.connection.stats(5).total.pages_reserved == 0
 
 
