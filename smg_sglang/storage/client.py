@@ -43,7 +43,7 @@ class Fetch:
 
 def has_storage(address: str) -> bool:
     """Whether the memory server at this directory has a storage process, dead or alive."""
-    return os.path.exists(protocol.socket_path(Address.parse(address)))
+    return os.path.exists(Address.parse(address).storage)
 
 
 class StorageClient:

@@ -98,11 +98,6 @@ decode_message = msgspec.msgpack.Decoder(Message).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode
 
 
-def socket_path(address: Address) -> str:
-    """Where the storage process listens; shorter than the memory server's own `control`."""
-    return f"{address.directory}/storage"
-
-
 def connect(address: Address) -> "zmq.Socket[bytes]":
     """A worker's end. Never waits: what cannot be sent now raises zmq.Again; it connects again by
     itself when the process is another."""
@@ -111,5 +106,5 @@ def connect(address: Address) -> "zmq.Socket[bytes]":
     dealer.setsockopt(zmq.IMMEDIATE, 1)
     dealer.setsockopt(zmq.RECONNECT_IVL, 100)
     dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-    dealer.connect(f"ipc://{socket_path(address)}")
+    dealer.connect(f"ipc://{address.storage}")
     return dealer

@@ -183,7 +183,8 @@ class StorageService:
                 fetch.namespace, fetch.path[: end * KEY_BYTES], end, self._teller(name, False)
             )
             self._wanted[name] = wanted
-            wanted.tell(fetch.start)  # there is something, it may take a while
+            if found:
+                wanted.tell(fetch.start)  # there is something, it may take a while
             if not found or not self._readers.put((name, wanted)):
                 self._end(name, fetch.start)
 
@@ -228,10 +229,9 @@ class _Replies:
 
 
 def _bind(context: zmq.Context[zmq.Socket[bytes]], address: Address) -> zmq.Socket[bytes]:
-    path = protocol.socket_path(address)
     router = context.socket(zmq.ROUTER)
     router.setsockopt(zmq.LINGER, 0)
     router.setsockopt(zmq.MAXMSGSIZE, protocol.MAX_MESSAGE_BYTES)
-    router.bind(f"ipc://{path}")
-    os.chmod(path, 0o600)
+    router.bind(f"ipc://{address.storage}")
+    os.chmod(address.storage, 0o600)
     return router
