@@ -49,13 +49,17 @@ def test_more_than_is_free_is_refused(monkeypatch):
         ({"lookup_timeout_ms": 20_000}, "above 0 and at most 10000 milliseconds, not 20000"),
         ({"lookup_timeout_ms": float("nan")}, "above 0 and at most 10000 milliseconds, not nan"),
         ({"stream_context": True, "prefill_workers": 1}, "--smg-stream-context cannot be combined"),
-        ({"storage": "mooncake"}, "--smg-storage must be one of file, not 'mooncake'"),
+        ({"storage": "mooncake"}, "--smg-storage must be one of file, dynamic, not 'mooncake'"),
         ({"storage": "file"}, "--smg-storage file needs a directory"),
         ({"storage": "file", "storage_config": "{"}, "--smg-storage-config is no JSON"),
         ({"storage": "file", "storage_config": "[]"}, "must be a JSON object"),
         (
             {"storage": "file", "storage_config": '{"file_storage_path": "/proc/1/x"}'},
             "cannot write to /proc/1/x",
+        ),
+        (
+            {"storage": "dynamic", "storage_config": '{"module_path": "m"}'},
+            "needs backend_name, class_name in --smg-storage-config",
         ),
         ({"storage_config": "{}"}, "--smg-storage-config needs --smg-storage"),
         ({"storage": "file", "memory_address": "/run/smg"}, "give --storage to"),

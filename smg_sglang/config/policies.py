@@ -70,9 +70,13 @@ DEFAULT_EVICTION = EvictionName.COST
 
 
 class StorageName(StrEnum):
-    """SGLang's storage backends that were tried (`docs/storage.md`). file: a file a page."""
+    """SGLang's storage backends that were tried (`docs/storage.md`).
+
+    file: a file a page. dynamic: a class that the configuration names.
+    """
 
     FILE = "file"
+    DYNAMIC = "dynamic"
 
 
 #: Device pages that may wait for their copy to host memory, as a share of the device pool. Their

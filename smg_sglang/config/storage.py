@@ -12,6 +12,8 @@ from smg_sglang.errors import ConfigError
 
 #: SGLang's own variable for its file backend, which goes before the configuration.
 DIRECTORY_VARIABLE = "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"
+#: What SGLang's factory wants to know of a dynamic backend.
+DYNAMIC = ("backend_name", "module_path", "class_name")
 #: Bytes of the file system that SGLang's file backend leaves free, unless it is told otherwise: a
 #: full disk harms others too.
 MIN_FREE_SPACE = "1G"
@@ -26,6 +28,14 @@ def storage_settings(name: str, text: str | None) -> dict[str, Any]:
     if name not in list(StorageName):
         raise ConfigError(f"--smg-storage must be one of {', '.join(StorageName)}, not {name!r}.")
     settings = _parsed(text)
+    if name == StorageName.DYNAMIC:
+        missing = [key for key in DYNAMIC if not isinstance(settings.get(key), str)]
+        if missing:
+            raise ConfigError(
+                f"--smg-storage dynamic needs {', '.join(missing)} in --smg-storage-config: the "
+                "class of a backend, and its module."
+            )
+        return settings
     directory = os.environ.get(DIRECTORY_VARIABLE) or settings.get("file_storage_path")
     if not isinstance(directory, str) or not os.path.isabs(directory):
         raise ConfigError(

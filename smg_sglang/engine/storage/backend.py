@@ -97,6 +97,12 @@ class SglangBackend:
                 os.remove(os.path.join(folder, f"{suffixed(name)}.bin"))
 
 
+def _check_interface(backend: HiCacheStorage) -> None:
+    for method in ("batch_get_v2", "batch_set_v2"):
+        if getattr(type(backend), method, None) is getattr(HiCacheStorage, method):
+            raise NotImplementedError(f"{type(backend).__name__} has no {method}")
+
+
 def open_backend(name: str, settings: Mapping[str, Any]) -> SglangBackend:
     """Raises ConfigError, in one sentence: it cannot be imported or opened."""
     # All that pages of one rank depend on is in their names, so that to SGLang there is one rank
@@ -115,6 +121,8 @@ def open_backend(name: str, settings: Mapping[str, Any]) -> SglangBackend:
         extra_config=dict(settings),
     )
     try:
-        return SglangBackend(StorageBackendFactory.create_backend(name, config, RowPool()))
+        backend = StorageBackendFactory.create_backend(name, config, RowPool())
+        _check_interface(backend)
+        return SglangBackend(backend)
     except Exception as error:
         raise ConfigError(f"SGLang's storage backend {name!r} cannot be opened: {error}") from error

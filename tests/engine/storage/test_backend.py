@@ -79,6 +79,30 @@ def test_a_directory_that_went_away_refuses_pages(folder):
     assert backend.exists(NAMES) == 0
 
 
+def dynamic(name):
+    module = "tests.engine.storage.own_backend"
+    return open_backend(
+        "dynamic", {"backend_name": "own", "module_path": module, "class_name": name}
+    )
+
+
+def test_a_backend_of_somebodys_own_is_driven():
+    backend, into = dynamic("OwnBackend"), np.zeros((8, SIZE), np.uint8)
+    assert backend.put(NAMES, rows()) == [True] * 8
+    assert backend.exists([*NAMES, "none"]) == 8
+    assert backend.get([*NAMES[:7], "none"], into) == [True] * 7 + [False]
+    np.testing.assert_array_equal(into[:7], rows()[:7])
+    backend.discard(NAMES[0])  # it has no word for it
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("OldBackend", "OldBackend has no batch_get_v2"), ("None_", "not found")]
+)
+def test_a_class_that_is_none_or_too_old_is_one_sentence(name, why):
+    with pytest.raises(ConfigError, match=why):
+        dynamic(name)
+
+
 def test_a_backend_that_cannot_be_opened_is_one_sentence(folder):
     with pytest.raises(ConfigError, match="'file' cannot be opened") as told:
         opened("/proc/1/nothing")

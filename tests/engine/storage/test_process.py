@@ -1,5 +1,6 @@
 """The storage process of a memory server of its own: started, killed, refused."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -27,24 +28,34 @@ def with_storage(folder, address):
     return [*COMMAND, "--address", str(address), "--storage", "file", "--storage-config", config]
 
 
+@contextlib.contextmanager
+def started(command):
+    with subprocess.Popen(command) as server:
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
 def children(process):
     return psutil.Process(process.pid).children()
 
 
 def test_it_keeps_pages_is_started_again_and_ends_with_its_server(folder):
     address, storm = folder / "m", make_path(*range(1000, 1040))
-    with subprocess.Popen(with_storage(folder, address)) as server:
+    with started(with_storage(folder, address)) as server:
         eventually((address / "storage").exists, BUSY_S)
         connection = MemoryConnection.open(str(address), make_namespace(), 10)
         client = StorageClient(str(address), make_namespace(), wait_s=BUSY_S)
         write(str(address), connection, client, PATH)
         (child,) = children(server)
         child.kill()
-        eventually(lambda: children(server) and children(server)[0].pid != child.pid, BUSY_S)
+        eventually(lambda: [c for c in children(server) if c.pid != child.pid], BUSY_S)
         write(str(address), connection, client, storm)
         connection.flush(5)
-        eventually(lambda: client.fetch("r", PATH, 0).done, BUSY_S)
-        assert client.fetch("r", PATH, 0).end == len(PATH) // 16
+        # On a busy machine a call may be late, which is a miss: the next one asks again.
+        names = (f"r{number}" for number in range(1_000_000))
+        eventually(lambda: fetched(client, next(names)) == len(PATH) // 16, BUSY_S)
         lease = connection.lookup(PATH, 0, 5)
         assert lease is not None and (lease.arena.buffer[lease.offsets[3]] == 3)
         client.close()
@@ -53,6 +64,11 @@ def test_it_keeps_pages_is_started_again_and_ends_with_its_server(folder):
         server.terminate()
         assert server.wait(20) == 0
         eventually(lambda: not child.is_running(), 20)
+
+
+def fetched(client, rid):
+    eventually(lambda: client.fetch(rid, PATH, 0).done, BUSY_S)
+    return client.fetch(rid, PATH, 0).end
 
 
 def write(address, connection, client, path):
