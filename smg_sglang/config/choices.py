@@ -155,6 +155,13 @@ class SmgConfig:
         "Load the host pages of requests that wait while the device has room, not layer by layer "
         "when they are admitted",
     )
+    wait_steps: int = option(
+        8,
+        "Steps of the scheduler that a request waits for more of a prefix that another one is "
+        "computing, before it computes that itself; 0: it never waits",
+        metavar="STEPS",
+        least=0,
+    )
     allow_untested_sglang: bool = option(
         False, f"Try an SGLang other than {', '.join(TESTED_SGLANG)}", "refuse"
     )

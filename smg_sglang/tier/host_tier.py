@@ -46,6 +46,7 @@ from smg_sglang.transfer.mover import BeforeCopy, Mover
 from smg_sglang.transfer.movers import make_mover
 from smg_sglang.transfer.pinning import ArenaPins
 from smg_sglang.tree.page_keys import KEY_BYTES
+from smg_sglang.tree.waits import Waits
 
 
 class HostTier:
@@ -60,6 +61,7 @@ class HostTier:
         pages: host pages that are held while they are attended.
         ahead: loads that no forward waits for; None without `--smg-prefetch`.
         stored: what lies in storage; None where the memory server has none.
+        waits: requests that wait for a prefix that others compute.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class HostTier:
         """
         self.config = config
         self.counters = TierCounters()
+        self.waits = Waits(config.wait_steps)
         self.device, self.before_copy = pool.device, before_copy
         self._ranks = ranks
         self._timeout_s = config.lookup_timeout_ms / 1000
@@ -204,7 +207,8 @@ class HostTier:
         return self.load_backs.load(rid, slots, parts, stored)
 
     def forget(self, rid: str) -> None:
-        """The request needs nothing of what was found for it; idempotent."""
+        """The request needs nothing of what was found for it, and waits for nothing; idempotent."""
+        self.waits.forget(rid)
         self.lookups.forget(rid)
         for trail in self.trails:
             trail.found.forget(rid)
@@ -358,6 +362,9 @@ class HostTier:
             "smg:hit_tokens": with_zeros(HIT_TIERS, self.counters.hit_tokens),
             "smg:prompt_tokens": self.counters.prompt_tokens,
             "smg:prefetched_tokens": self.counters.prefetched_tokens,
+            "smg:waited_requests": self.waits.requests,
+            "smg:waited_steps": self.waits.steps,
+            "smg:wait_saved_tokens": self.waits.saved_tokens,
             "smg:lookups": with_zeros(LOOKUP_RESULTS, self.counters.lookups),
             "smg:dropped_pages": with_zeros(DROP_REASONS, self.spills.dropped_pages()),
             "smg:waiting_spill_slots": self.spills.waiting_slots,

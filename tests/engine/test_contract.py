@@ -387,7 +387,7 @@ def test_our_classes_override_what_sglang_has():
     added |= {"_pending", "before_retraction", "spill_retracted", "release_finished"}
     added |= {"_abc_impl", "streams", "_stream", "_has_failed"}
     added |= {"prefetch", "prefetch_waiting", "tree_evictable_size"}
-    added |= {"_fitting", "_spill_window"}
+    added |= {"_fitting", "_spill_window", "prefix_waits", "wait_for_prefix"}
     added |= {"internal_state", "on_weight_update", "least_of_ranks"}
     for ours, theirs in (
         (SmgRadixCache, UnifiedRadixCache),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import sys
 from collections import defaultdict
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -43,8 +44,8 @@ def hooks(monkeypatch) -> Hooks:
 
     from smg_sglang.engine.seams import plugin
 
-    # Imports SGLang's scheduler, so it comes before that has a stand-in.
-
+    # It imports SGLang's scheduler, so it comes before that has a stand-in.
+    importlib.import_module("smg_sglang.engine.split.controller")
     by_target = defaultdict(list)
     scheduler = "sglang.srt.managers.scheduler"
     with monkeypatch.context() as all_roles:
@@ -78,3 +79,18 @@ def patched(tmp_path, monkeypatch) -> upstream.Source:
 def sglangs(hooks, stock, patched) -> tuple[Hooks, upstream.Source, upstream.Source]:
     """The hooks, and what to compare."""
     return hooks, stock, patched
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """SGLang's scheduling policy, with what an adder reads of the configuration."""
+
+    def load(source):
+        module = source.module("sglang.srt.managers.schedule_policy")
+        features = SimpleNamespace(enable_encoder_swa_bounded_replay=False)
+        monkeypatch.setattr(module, "get_exec", lambda: SimpleNamespace(features=features))
+        schedule = SimpleNamespace(schedule_policy="fcfs")
+        monkeypatch.setattr(module, "get_schedule", lambda: schedule)
+        return module
+
+    return load

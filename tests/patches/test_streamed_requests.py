@@ -218,21 +218,6 @@ ORDINARY = {
 ADDER_HOOKS = ("add_one_req", "add_chunked_req", "_get_running_request_total_token_offset")
 
 
-@pytest.fixture
-def load(monkeypatch):
-    """SGLang's module, with what an adder reads of the configuration."""
-
-    def load(source):
-        module = source.module(POLICY)
-        features = SimpleNamespace(enable_encoder_swa_bounded_replay=False)
-        monkeypatch.setattr(module, "get_exec", lambda: SimpleNamespace(features=features))
-        schedule = SimpleNamespace(schedule_policy="fcfs")
-        monkeypatch.setattr(module, "get_schedule", lambda: schedule)
-        return module
-
-    return load
-
-
 def passes(sglangs, load, one, ours, theirs):
     """What comes of a pass, by the hooks and by the patch."""
     hooks, stock, patched = sglangs
@@ -261,31 +246,6 @@ def test_hook_and_patch_leave_ordinary_requests_alone(sglangs, load, one):
 @pytest.mark.parametrize("one", ORDINARY.values(), ids=ORDINARY.keys())
 def test_a_cache_of_sglang_admits_as_ever(sglangs, load, one):
     check(one, *passes(sglangs, load, one, Plain, defaults(sglangs[2])))
-
-
-def passes_over(rid: str) -> bool:
-    return rid == "stored"
-
-
-class Storing(Plain):
-    """A cache to which storage is bringing the prefix of one request."""
-
-    def waits_for_storage(self, req) -> bool:
-        return passes_over(req.rid)
-
-
-def test_hook_and_patch_pass_over_a_request_that_waits_for_storage(sglangs, load):
-    class Asking(defaults(sglangs[2])):
-        def admit_streamed(self, adder, req, has_chunked_req):
-            from sglang.srt.managers.schedule_policy import AddReqResult
-
-            return AddReqResult.CONTINUE if passes_over(req.rid) else None
-
-    one = Pass(waiting=(("stored", 100), ("short", 100), ("stored", 50)))
-    hooked, patched = passes(sglangs, load, one, Storing, Asking)
-    assert hooked == patched
-    assert hooked["verdicts"] == ("CONTINUE",) * 3
-    assert hooked["runs"] == (("short", 0, 100),)
 
 
 def decode(source, wrap, cache_class, free: int, *, selected=None):

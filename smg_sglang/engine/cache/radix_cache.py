@@ -18,6 +18,7 @@ from smg_sglang.config import WritePolicy
 from smg_sglang.engine.cache.linker import SmgLinker
 from smg_sglang.engine.cache.linker_wrapper import SmgLinkerWrapper
 from smg_sglang.engine.cache.prefetch import Prefetch
+from smg_sglang.engine.cache.waits import PrefixWaits, pass_over
 from smg_sglang.engine.split import publication
 from smg_sglang.engine.streams.stream import Stream
 from smg_sglang.engine.streams.table import Streams, activate
@@ -30,11 +31,12 @@ if TYPE_CHECKING:
 
 class SmgRadixCache(UnifiedRadixCache):
     """The device level, and what hangs on it: `host_tier`, the level below; where they are switched
-    on, `streams`, the requests whose context is larger than the device, and `prefetch`, which loads
-    for requests that wait."""
+    on, `streams`, the requests whose context is larger than the device, `prefetch`, which loads for
+    requests that wait, and `prefix_waits`, those that wait for a prefix that others compute."""
 
     streams: Streams | None = None
     prefetch: Prefetch | None = None
+    prefix_waits: PrefixWaits | None = None
 
     @property
     def host_tier(self) -> HostTier | None:
@@ -48,6 +50,7 @@ class SmgRadixCache(UnifiedRadixCache):
             activate(self.streams)
         if (ahead := cache_linker.tier.ahead) is not None:
             self.prefetch = Prefetch(self, cache_linker.tier, ahead)
+        self.prefix_waits = PrefixWaits(self, cache_linker.tier)
 
     def reset(self) -> None:
         if self.prefetch is not None:
@@ -106,6 +109,12 @@ class SmgRadixCache(UnifiedRadixCache):
         """SGLang has formed a batch, and these requests go on waiting."""
         if self.prefetch is not None:
             self.prefetch.look_ahead(queue)
+
+    def wait_for_prefix(self, adder: Any, req: Any) -> Any:
+        """SGLang asks to admit a request: a verdict without doing so, where it is to wait."""
+        if self.waits_for_storage(req):
+            return pass_over(adder)
+        return None if self.prefix_waits is None else self.prefix_waits.verdict(adder, req)
 
     def tree_evictable_size(self) -> int:
         """Tokens of the tree that nobody has locked."""

@@ -63,7 +63,7 @@ def _register_worker_hooks(hook: Callable[..., None], kind: Any) -> None:
     hook(output, publication.around_send_output, kind.AROUND)
     hook(f"{batch}.release_req", _before_release_req, kind.BEFORE)
     hook("managers.scheduler.Scheduler.get_new_batch_prefill", _after_new_batch, kind.AFTER)
-    _register_stream_hooks(hook, kind)
+    _register_admission_hooks(hook, kind)
     # Updates by tensor, by broadcast and over RDMA run between begin and end.
     updater = f"{parts}.weight_updater.SchedulerWeightUpdaterManager"
     hook(f"{updater}.begin_weight_update", _before_begin_weight_update, kind.BEFORE)
@@ -72,10 +72,12 @@ def _register_worker_hooks(hook: Callable[..., None], kind: Any) -> None:
     hook(f"{updater}.update_weights_from_ipc", _before_weight_update, kind.BEFORE)
 
 
-def _register_stream_hooks(hook: Callable[..., None], kind: Any) -> None:
-    """Contexts larger than the device: the places where SGLang asks what fits."""
+def _register_admission_hooks(hook: Callable[..., None], kind: Any) -> None:
+    """Requests that wait for others, and contexts larger than the device: the places where SGLang
+    asks whom to admit, and what fits."""
     from smg_sglang.engine.attention import backend
     from smg_sglang.engine.attention.graphs import around_can_run_graph
+    from smg_sglang.engine.cache.waits import around_add_one_req
     from smg_sglang.engine.streams import scheduling as streams
 
     backend.expand_prefixes()
@@ -83,7 +85,7 @@ def _register_stream_hooks(hook: Callable[..., None], kind: Any) -> None:
     running = f"{adder}._get_running_request_total_token_offset"
     memory = "managers.schedule_batch.ScheduleBatch.check_decode_mem"
     info = "managers.tp_worker.TpModelWorker.get_worker_info"
-    hook(f"{adder}.add_one_req", _around_add_one_req, kind.AROUND)
+    hook(f"{adder}.add_one_req", around_add_one_req, kind.AROUND)
     hook(f"{adder}.add_chunked_req", streams.around_add_chunked_req, kind.AROUND)
     hook(running, streams.around_running_offset, kind.AROUND)
     hook(memory, streams.before_check_decode_mem, kind.BEFORE)
@@ -164,22 +166,6 @@ def _after_new_batch(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> 
     prefetch_waiting = getattr(scheduler.tree_cache, "prefetch_waiting", None)
     if prefetch_waiting is not None:
         prefetch_waiting(scheduler.waiting_queue)
-
-
-def _around_add_one_req(
-    original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any
-) -> Any:
-    """A request whose prefix is on its way from storage stays in the queue, and those behind it may
-    go first: it is neither admitted nor refused. Others may be streams."""
-    from sglang.srt.managers.schedule_policy import AddReqResult
-
-    from smg_sglang.engine.streams.scheduling import around_add_one_req
-
-    full = adder.prefill_max_requests
-    waits = getattr(adder.tree_cache, "waits_for_storage", None)
-    if waits is not None and (full is None or len(adder.can_run_list) < full) and waits(req):
-        return AddReqResult.CONTINUE
-    return around_add_one_req(original, adder, req, *args, **kwargs)
 
 
 def _before_release_req(*, req: Any, tree_cache: Any, **kwargs: Any) -> None:

@@ -87,3 +87,12 @@ def test_sglang_is_told_what_storage_brought_once_the_request_may_go(below):
     below.arrive(10)
     assert not cache.waits_for_storage(req)
     assert (req.storage_hit_start, req.storage_hit_length) == (32, 128)
+
+
+def test_the_adder_passes_it_over_until_it_may_go(below):
+    wrapper = make_wrapper(below)
+    cache, req, adder = make_cache(wrapper), SimpleNamespace(rid="r"), SimpleNamespace()
+    wrapper._find("r", PATH, 0)
+    assert cache.wait_for_prefix(adder, req).name == "CONTINUE"
+    wrapper.waiting.clear()
+    assert cache.wait_for_prefix(adder, req) is None
