@@ -58,7 +58,7 @@ class MemoryServer:
         check_host_bytes(host_bytes)
         self.address = address
         self.epoch = secrets.token_hex(8)
-        self.host_bytes = host_bytes
+        self._host_bytes = host_bytes
         self._started = time.monotonic()
         self._malformed = 0
         self._strays = 0
@@ -110,7 +110,7 @@ class MemoryServer:
             while self._running:
                 self._step()
         finally:
-            self.close()
+            self._close()
 
     def stop(self) -> None:
         """End `run` soon. From any thread or a signal handler."""
@@ -176,7 +176,7 @@ class MemoryServer:
         self._clients[fd] = (guest, identity)
         self._known[identity] = fd
         self._poller.register(fd, zmq.POLLIN)
-        welcome = protocol.Welcome(identity, self.epoch, self.host_bytes, geometry)
+        welcome = protocol.Welcome(identity, self.epoch, self._host_bytes, geometry)
         try:
             socket.send_fds(guest, [protocol.encode(welcome)], [self._arena_fd])
         except OSError:
@@ -245,8 +245,7 @@ class MemoryServer:
         self._malformed += 1
         self._rare.warn("dropped a malformed message", f"{reason}: {data[:32]!r}")
 
-    def close(self) -> None:
-        """Give everything back; `run` does it at its end."""
+    def _close(self) -> None:
         if self._pretouch:
             self._pretouch.stop()
         for life, _ in self._clients.values():
@@ -280,38 +279,54 @@ def run_server(
     """
     server = MemoryServer(address, host_bytes, pretouch=pretouch, eviction=eviction)
     _stop_at_signals(server, signal.SIGTERM, *([signal.SIGINT] if parent_fd is None else []))
-    with contextlib.ExitStack() as beside:
-        if storage is not None:
-            beside.callback(_start_storage(server, *storage).stop)
-        _serve(server, address, eviction, parent_fd)
-
-
-def _start_storage(server: MemoryServer, name: str, config: str | None) -> StorageProcess:
-    try:
-        return StorageProcess.start(server.address, name, config)
-    except BaseException:
-        server.close()
-        raise
-
-
-def _serve(
-    server: MemoryServer, address: Address, eviction: EvictionName, parent_fd: int | None
-) -> None:
-    if parent_fd is None:
+    if parent_fd is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        server.watch(parent_fd)
+    else:
         log.info(
             "%.2f GiB of host memory, evicted by %s, address %s",
-            server.host_bytes / GIB,
+            host_bytes / GIB,
             eviction,
             address,
         )
+    if storage is None:
+        _tell_ready(parent_fd)
         server.run()
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    server.watch(parent_fd)
-    with contextlib.suppress(OSError):
-        os.write(parent_fd, READY)
-    server.run()
-    shutil.rmtree(address.directory, ignore_errors=True)
+    else:
+        _run_beside_storage(server, storage, parent_fd)
+    if parent_fd is not None:
+        shutil.rmtree(address.directory, ignore_errors=True)
+
+
+def _tell_ready(parent_fd: int | None) -> None:
+    if parent_fd is not None:
+        with contextlib.suppress(OSError):
+            os.write(parent_fd, READY)
+
+
+def _run_beside_storage(
+    server: MemoryServer, storage: tuple[str, str | None], parent_fd: int | None
+) -> None:
+    """Serve from now on; who started us hears that all is well once storage is there, too. Raises
+    ConfigError where it cannot be."""
+    failures: list[ConfigError] = []
+
+    def started(failure: ConfigError | None) -> None:
+        if failure is None:
+            _tell_ready(parent_fd)
+        else:
+            failures.append(failure)
+            with contextlib.suppress(OSError):  # it has ended by itself
+                server.stop()
+
+    process = StorageProcess(server.address, *storage, started)
+    try:
+        process.start()
+        server.run()
+    finally:
+        process.stop()
+    for failure in failures:
+        raise failure
 
 
 def _stop_at_signals(server: MemoryServer, *signals: int) -> None:

@@ -1,5 +1,6 @@
 """The storage process of a memory server: a child that is kept running and never outlives it."""
 
+import contextlib
 import logging
 import os
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from smg_sglang.errors import ConfigError
 from smg_sglang.memory.address import Address
@@ -27,8 +29,20 @@ class StorageProcess:
     """Starts `python -m smg_sglang storage` and starts it again when it dies; while there is none,
     storage is a miss. The child ends when its end of a socket pair does, however we die."""
 
-    def __init__(self, address: Address, name: str, config: str | None) -> None:
-        """Use `start`."""
+    def __init__(
+        self,
+        address: Address,
+        name: str,
+        config: str | None,
+        started: Callable[[ConfigError | None], None],
+    ) -> None:
+        """
+        Args:
+            name, config: SGLang's backend, and its settings.
+            started: told once, on a thread of this object's, that the child listens, or why it
+                could not be started; then there is no other try.
+        """
+        self._started = started
         self._command = [sys.executable, "-m", "smg_sglang", "storage"]
         self._command += ["--address", address.directory, "--storage", name]
         self._command += [] if config is None else ["--storage-config", config]
@@ -40,24 +54,21 @@ class StorageProcess:
             target=self._supervise, name="smg-storage-process", daemon=True
         )
 
-    @classmethod
-    def start(cls, address: Address, name: str, config: str | None) -> "StorageProcess":
-        """Start and wait until it listens. Raises ConfigError; the child has said why."""
-        process = cls(address, name, config)
+    def start(self) -> None:
+        """Start the child; returns at once. Raises ConfigError."""
         try:
-            process._spawn()
-            process._await_ready()
-        except BaseException:
-            process.stop()
-            raise
-        process._supervisor.start()
-        return process
+            self._spawn()
+        except OSError as error:
+            raise ConfigError(f"the storage process cannot be started: {error}") from error
+        self._supervisor.start()
 
     def stop(self, timeout_s: float = 2.0) -> None:
         """End the child; idempotent."""
         self._stopping.set()
         with self._changing:
             if self._line is not None:
+                with contextlib.suppress(OSError):
+                    self._line.shutdown(socket.SHUT_RDWR)  # wakes who waits for its first word
                 self._line.close()
             if self._child is not None:
                 try:
@@ -84,20 +95,27 @@ class StorageProcess:
                 raise
         self._line = ours
 
-    def _await_ready(self) -> None:
+    def _await_ready(self) -> ConfigError | None:
         assert self._line is not None
         self._line.settimeout(READY_S)
         try:
             word = self._line.recv(len(READY))
         except OSError:
             word = b""
-        if word != READY:
-            raise ConfigError(
-                "the storage process did not start (its message stands above); check "
-                "--smg-storage-config"
-            )
+        if word == READY:
+            return None
+        return ConfigError(
+            "the storage process did not start (its message stands above); check "
+            "--smg-storage-config"
+        )
 
     def _supervise(self) -> None:
+        failure = self._await_ready()
+        if self._stopping.is_set():
+            return
+        self._started(failure)
+        if failure is not None:
+            return
         backoff_s = _FIRST_BACKOFF_S
         while self._child is not None:
             started = time.monotonic()

@@ -2,13 +2,16 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 
 import psutil
 import pytest
 
+from smg_sglang.config import StorageName
 from smg_sglang.memory.client import MemoryConnection
+from smg_sglang.memory.process import MemoryProcess
 from smg_sglang.storage.client import StorageClient, ask_counters
 from tests.memory.world import eventually, make_namespace, make_path
 
@@ -112,3 +115,30 @@ def test_a_backend_that_was_not_tried_is_refused_by_name(folder):
         [*COMMAND, "--storage", "mooncake"], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 2 and "mooncake" in ran.stderr and "file" in ran.stderr
+
+
+def test_a_storage_process_that_cannot_start_ends_its_memory_server(folder):
+    config = {"backend_name": "own", "module_path": "no.such.module", "class_name": "Nothing"}
+    more = ["--storage", "dynamic", "--storage-config", json.dumps(config)]
+    ran = subprocess.run(
+        [*COMMAND, "--address", str(folder / "m"), *more],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=BUSY_S,
+    )
+    assert ran.returncode == 2
+    assert "SGLang's storage backend 'dynamic' cannot be opened: Failed to import" in ran.stderr
+    assert "the storage process did not start" in ran.stderr
+
+
+def test_an_embedded_memory_server_has_one_too_and_leaves_nothing(folder):
+    config = json.dumps({"file_storage_path": f"{folder}/pages"})
+    process = MemoryProcess.start(
+        64 << 20, pretouch=False, storage=StorageName.FILE, storage_config=config
+    )
+    (child,) = psutil.Process(process.pid).children()
+    assert ask_counters(process.address, 30) is not None
+    process.stop()
+    eventually(lambda: not child.is_running(), 20)
+    assert not os.path.exists(process.address)
