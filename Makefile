@@ -9,7 +9,7 @@ TRACE ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-split test-models test-gpu bench bench-all bench-programs bench-replay bench-split
-.PHONY: bench-context bench-prefetch bench-waits bench-tree bench-transfer bench-host-attention bench-host-dtype bench-gpu gpu-bundle readme lint model clean distclean
+.PHONY: bench-context bench-prefetch bench-storage bench-waits bench-tree bench-transfer bench-host-attention bench-host-dtype bench-gpu gpu-bundle readme lint model clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -54,6 +54,9 @@ bench-context: $(VENV)/.ready ## a context four times the device pool, streamed 
 
 bench-prefetch: $(VENV)/.ready ## host hits that wait, loaded at admission and before; ARGS="flags"
 	@$(RUN) -m bench.prefetch $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
+
+bench-storage: $(VENV)/.ready ## a prefix cold, in storage, in host memory, on the device; ARGS="flags"
+	@$(RUN) -m bench.storage $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
 
 bench-waits: $(VENV)/.ready ## questions to a new document, all at once, waiting for each other or not; ARGS="flags"
 	@$(RUN) -m bench.waits $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)

@@ -4,6 +4,7 @@ import sys
 
 USAGE = """usage: python -m smg_sglang COMMAND ... (COMMAND --help tells more)
   memory    a memory server of its own, shared by several SGLang servers
+  storage   what stores that memory's pages; a memory server starts it itself
   simulate  what the server would do with a trace, without a model
   doctor    what this machine offers, and what is wrong with it"""
 
@@ -15,6 +16,10 @@ def main(arguments: list[str]) -> int:
             from smg_sglang.memory.cli import main as memory
 
             return memory(rest)
+        case ["storage", *rest]:
+            from smg_sglang.engine.storage.cli import main as storage
+
+            return storage(rest)
         case ["simulate", *rest]:
             from smg_sglang.simulate.cli import main as simulate
 

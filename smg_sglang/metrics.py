@@ -20,7 +20,7 @@ LOOKUP_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05,
 PUBLISH_EVERY_S = 2.0
 
 #: Label values that are there from the start: a rate does not see what a new series begins with.
-HIT_TIERS = ("device", "host")
+HIT_TIERS = ("device", "host", "storage")
 LOOKUP_RESULTS = ("hit", "miss", "unavailable")
 DROP_REASONS = ("memory_full", "queue_full", "unavailable", "error", "closed")
 
@@ -78,6 +78,16 @@ _SERIES: Table = {
     "smg:evicted_pages": ("gauge", "Pages the memory server evicted since it started.", None),
     "smg:short_pages": ("gauge", "Pages refused for want of memory since it started.", None),
     "smg:refused_messages": ("gauge", "What the memory server turned away, by kind.", "kind"),
+    "smg:stored_pages": ("gauge", "Pages of the storage process by what became of them.", "event"),
+    "smg:storage_failures": (
+        "gauge",
+        "Calls of the storage backend that failed or were late.",
+        None,
+    ),
+    "smg:storage_seconds": ("gauge", "Seconds that the storage backend took, by what.", "call"),
+    "smg:storage_bytes": ("gauge", "Bytes that the storage backend moved, by what.", "call"),
+    "smg:late_fetches": ("counter", "Requests that would not wait longer for storage.", None),
+    "smg:storage_connected": ("gauge", "1 while the storage process answers, else 0.", None),
     "smg:memory_connected": ("gauge", "1 while the memory server answers, else 0.", None),
 }
 

@@ -28,5 +28,8 @@ from smg_sglang.config.policies import (
     HostDtype as HostDtype,
 )
 from smg_sglang.config.policies import (
+    StorageName as StorageName,
+)
+from smg_sglang.config.policies import (
     WritePolicy as WritePolicy,
 )

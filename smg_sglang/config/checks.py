@@ -16,10 +16,14 @@ from smg_sglang.config.policies import (
     HostDtype,
     WritePolicy,
 )
+from smg_sglang.config.storage import storage_settings
 from smg_sglang.errors import ConfigError
 
 #: What sun_path holds, less the longest name in the directory.
 MAX_ADDRESS_BYTES = 107 - len("/control")
+
+
+_STORAGE = ("storage", "storage_config")
 
 
 def make_config(*, device: str = "cpu", **given: Any) -> SmgConfig:
@@ -58,6 +62,7 @@ def _memory_choice(chosen: dict[str, Any], device: str) -> dict[str, Any]:
         return {
             "host_gb": check_host_gb(chosen.get("host_gb"), device),
             "eviction_policy": chosen.get("eviction_policy", DEFAULT_EVICTION),
+            **_storage_choice(chosen),
         }
     for field, option in OPTIONS.items():
         if option.memory and field in chosen:
@@ -67,6 +72,16 @@ def _memory_choice(chosen: dict[str, Any], device: str) -> dict[str, Any]:
                 f"--smg-memory, and give {theirs} to `python -m smg_sglang memory` instead."
             )
     return {"memory_address": check_address(chosen["memory_address"])}
+
+
+def _storage_choice(chosen: dict[str, Any]) -> dict[str, Any]:
+    """Where pages go below host memory; whether that can be is seen before anything starts."""
+    given = {name: value for name, value in chosen.items() if name in _STORAGE}
+    if "storage" in given:
+        storage_settings(given["storage"], given.get("storage_config"))
+    elif given:
+        raise ConfigError("--smg-storage-config needs --smg-storage; add it.")
+    return given
 
 
 def _split_choice(chosen: dict[str, Any], device: str) -> dict[str, Any]:

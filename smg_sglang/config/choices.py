@@ -20,6 +20,7 @@ from smg_sglang.config.policies import (
     MIN_HOST_GB,
     EvictionName,
     HostDtype,
+    StorageName,
     WritePolicy,
 )
 
@@ -28,7 +29,7 @@ from smg_sglang.config.policies import (
 class SmgConfig:
     """The validated choice of an operator. Times in milliseconds, sizes in GiB.
 
-    `host_gb` and `eviction_policy` are None when the memory server is somebody else's
+    `host_gb`, `eviction_policy` and `storage` are None when the memory server is somebody else's
     (`memory_address`).
     `decode_workers` is 0 where one worker does both phases.
     """
@@ -63,6 +64,30 @@ class SmgConfig:
         "compute again for their age (cost)",
         DEFAULT_EVICTION.value,
         memory=True,
+    )
+    storage: StorageName | None = option(
+        None,
+        "Keep pages in storage too, by SGLang's backend of that name: what host memory evicts, and "
+        "what a machine had before it restarted, is found again (docs/storage.md)",
+        "none",
+        memory=True,
+    )
+    storage_config: str | None = option(
+        None,
+        "Settings of that backend as SGLang knows them, a JSON object; for file at least "
+        '{"file_storage_path": "/DIRECTORY"}, and "max_size" for a limit in bytes',
+        "none",
+        metavar="JSON",
+        memory=True,
+    )
+    storage_wait_ms: float = option(
+        500.0,
+        "The longest that a request waits for storage to bring its prefix to host memory, in "
+        "milliseconds; what is late is computed",
+        metavar="MS",
+        above=0,
+        most=60_000,
+        unit="milliseconds",
     )
     page_size: int = option(
         16,

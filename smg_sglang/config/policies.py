@@ -68,6 +68,17 @@ class EvictionName(StrEnum):
 #: The best on the traces in `docs/simulator.md`, which has the table.
 DEFAULT_EVICTION = EvictionName.COST
 
+
+class StorageName(StrEnum):
+    """SGLang's storage backends that were tried (`docs/storage.md`).
+
+    file: a file a page. dynamic: a class that the configuration names.
+    """
+
+    FILE = "file"
+    DYNAMIC = "dynamic"
+
+
 #: Device pages that may wait for their copy to host memory, as a share of the device pool. Their
 #: slots are locked until then; beyond it, prefixes stay on the device only.
 MAX_WAITING_SHARE = 0.5

@@ -15,7 +15,8 @@ SUN_PATH_MAX = 107  # bytes of a unix socket's path, sockaddr_un
 
 @dataclass(frozen=True)
 class Address:
-    """`directory` holds `control` (ZMQ), `life` (unix SEQPACKET) and `lock`."""
+    """`directory` holds `control` (ZMQ), `life` (unix SEQPACKET) and `lock`; and perhaps `storage`
+    (ZMQ)."""
 
     directory: str
 
@@ -45,6 +46,11 @@ class Address:
     def life(self) -> str:
         """Path of the unix socket."""
         return f"{self.directory}/life"
+
+    @property
+    def storage(self) -> str:
+        """Path of the storage process's socket, where the memory server has one."""
+        return f"{self.directory}/storage"
 
     def __str__(self) -> str:
         return f"ipc://{self.directory}"
@@ -80,7 +86,7 @@ class Address:
 
     def remove_sockets(self) -> None:
         """Unlink what `claim`'s owner bound; only for who holds the lock."""
-        for path in (self.life, f"{self.directory}/control"):
+        for path in (self.life, f"{self.directory}/control", self.storage):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 

@@ -134,20 +134,24 @@ class Books:
         connection.space.leave()
         self._forget_unused()
 
-    def lookup(self, name: bytes, lease: int, path: bytes, start: int) -> np.ndarray:
+    def lookup(
+        self, name: bytes, lease: int, path: bytes, start: int, is_use: bool = True
+    ) -> np.ndarray:
         """Pin path[:n] and return the pages (int64) of path[start:n]; none: nothing is pinned.
 
-        A use of the path, whether or not it has pages beyond `start`.
+        A use of the path, whether or not it has pages beyond `start`; unless it `is_use` of nobody,
+        which keeps the path young and is not counted.
         """
         connection = self._connections[name]
         space = connection.space
         _check_new(connection.leases, lease)
         match = space.tree.match(path)
-        space.counters.lookups += 1
-        node = space.tree.touch(match) if match.length else None
+        space.counters.lookups += is_use
+        note = space.tree.touch if is_use else space.tree.renew
+        node = note(match) if match.length else None
         pages = match.pages[start:]
         if len(pages):
-            self._lease(connection, lease, _pin(space, node), len(pages))
+            self._lease(connection, lease, _pin(space, node), len(pages) * is_use)
         return pages
 
     def lookup_last(
@@ -173,7 +177,7 @@ class Books:
     def _lease(self, connection: _Connection, lease: int, pin: _Pin, pages: int) -> None:
         connection.leases[lease] = pin
         pin.space.leases += 1
-        pin.space.counters.hits += 1
+        pin.space.counters.hits += bool(pages)
         pin.space.counters.hit_pages += pages
 
     def release(self, name: bytes, lease: int) -> None:

@@ -8,6 +8,7 @@ import sys
 from smg_sglang.box import GIB, box_memory
 from smg_sglang.config import EvictionName
 from smg_sglang.config.flags import add_memory_flags
+from smg_sglang.config.storage import storage_settings
 from smg_sglang.errors import ConfigError
 from smg_sglang.memory.address import Address
 from smg_sglang.memory.server import run_server
@@ -26,12 +27,22 @@ def main(arguments: list[str] | None = None) -> int:
             _host_bytes(options.host_gb),
             pretouch=not options.no_pretouch,
             eviction=EvictionName(options.eviction_policy),
+            storage=_storage(options),
             parent_fd=options.parent_fd,
         )
     except ConfigError as error:
         print(f"smg_sglang memory: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _storage(options: argparse.Namespace) -> tuple[str, str | None] | None:
+    if options.storage is None:
+        if options.storage_config is not None:
+            raise ConfigError("--storage-config needs --storage; add it.")
+        return None
+    storage_settings(options.storage, options.storage_config)
+    return options.storage, options.storage_config
 
 
 def _host_bytes(host_gb: float) -> int:

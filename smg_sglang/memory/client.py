@@ -145,7 +145,9 @@ class MemoryConnection:
         """Return when the server has handled all that was sent before."""
         self._channel.ask(protocol.Ping(self._channel.next_id()), timeout_s)
 
-    def lookup(self, path: bytes, start: int, timeout_s: float) -> Lease | None:
+    def lookup(
+        self, path: bytes, start: int, timeout_s: float, *, is_use: bool = True
+    ) -> Lease | None:
         """Lease what memory has of path[start:], or None if it has no page there.
 
         `path` is 16-byte page keys one after another, `start` counts pages. A lease whose reply
@@ -153,7 +155,7 @@ class MemoryConnection:
         """
         id_ = self._channel.next_id()
         try:
-            reply = self._channel.ask(protocol.Lookup(id_, path, start), timeout_s)
+            reply = self._channel.ask(protocol.Lookup(id_, path, start, is_use), timeout_s)
         except MemoryUnavailable:
             self._channel.tell(protocol.Release(id_))
             raise

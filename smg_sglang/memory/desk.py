@@ -31,8 +31,9 @@ class Desk:
     def _give_pages(self, client: bytes, message: protocol.Message) -> protocol.Reply | None:
         books, pack = self._books, protocol.pack_pages
         match message:
-            case protocol.Lookup(id_, path, start):
-                return protocol.Leased(id_, pack(books.lookup(client, id_, path, start)))
+            case protocol.Lookup(id_, path, start, is_use):
+                pages = books.lookup(client, id_, path, start, is_use)
+                return protocol.Leased(id_, pack(pages))
             case protocol.Reserve(id_, path):
                 have, pages = books.reserve(client, id_, path)
                 return protocol.Reserved(id_, have, pack(pages))

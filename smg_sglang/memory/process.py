@@ -10,10 +10,11 @@ import threading
 import time
 
 from smg_sglang.box import GIB, check_host_bytes
-from smg_sglang.config import DEFAULT_EVICTION, EvictionName
+from smg_sglang.config import DEFAULT_EVICTION, EvictionName, StorageName
 from smg_sglang.errors import ConfigError
 from smg_sglang.memory.private_dirs import MEMORY_DIRS
 from smg_sglang.memory.server import READY
+from smg_sglang.memory.storage_process import READY_S as STORAGE_READY_S
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class MemoryProcess:
         *,
         eviction: EvictionName = DEFAULT_EVICTION,
         pretouch: bool = True,
+        storage: StorageName | None = None,
+        storage_config: str | None = None,
     ) -> None:
         """Use `start`."""
         directory, self._mark = MEMORY_DIRS.make()
@@ -43,6 +46,9 @@ class MemoryProcess:
         self._host_bytes = host_bytes
         self._eviction = eviction
         self._pretouch = pretouch
+        self._storage = [] if storage is None else ["--storage", storage.value]
+        if storage_config is not None:
+            self._storage += ["--storage-config", storage_config]
         self._stopping = threading.Event()
         self._changing = threading.Lock()  # between a restart and stop
         self._child: subprocess.Popen[bytes]
@@ -56,15 +62,24 @@ class MemoryProcess:
         *,
         eviction: EvictionName = DEFAULT_EVICTION,
         pretouch: bool = True,
+        storage: StorageName | None = None,
+        storage_config: str | None = None,
         timeout_s: float = 30.0,
     ) -> "MemoryProcess":
-        """Start and wait until it accepts connections. Raises ConfigError in one sentence."""
+        """Start and wait until it accepts connections, and for its storage process, where it is to
+        have one. Raises ConfigError in one sentence."""
         check_host_bytes(host_bytes)
         MEMORY_DIRS.sweep()
-        process = cls(host_bytes, eviction=eviction, pretouch=pretouch)
+        process = cls(
+            host_bytes,
+            eviction=eviction,
+            pretouch=pretouch,
+            storage=storage,
+            storage_config=storage_config,
+        )
         try:
             process._spawn()
-            process._await_ready(timeout_s)
+            process._await_ready(timeout_s if storage is None else timeout_s + STORAGE_READY_S)
         except BaseException:
             process.stop()
             raise
@@ -103,6 +118,7 @@ class MemoryProcess:
         command += ["--eviction-policy", self._eviction]
         command += ["--parent-fd", str(theirs.fileno())]
         command += [] if self._pretouch else ["--no-pretouch"]
+        command += self._storage
         with theirs:
             try:
                 self._child = subprocess.Popen(

@@ -58,10 +58,12 @@ class Ping(_Numbered, frozen=True):
 
 
 class Lookup(_Numbered, frozen=True):
-    """Lease the pages of `path` from page `start` on, as far as they are in memory."""
+    """Lease the pages of `path` from page `start` on, as far as they are in memory. `is_use`: the
+    eviction policy and the counters of hits are to know of it."""
 
     path: bytes
     start: Count
+    is_use: bool = True
 
 
 class Reserve(_Numbered, frozen=True):

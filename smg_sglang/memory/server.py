@@ -26,6 +26,7 @@ from smg_sglang.memory.pretouch import Pretouch
 from smg_sglang.memory.rare_log import RareLog
 from smg_sglang.memory.sockets import bind, listen
 from smg_sglang.memory.stats import Stats
+from smg_sglang.memory.storage_process import StorageProcess
 
 log = logging.getLogger(__name__)
 
@@ -265,9 +266,12 @@ def run_server(
     *,
     pretouch: bool = True,
     eviction: EvictionName = DEFAULT_EVICTION,
+    storage: tuple[str, str | None] | None = None,
     parent_fd: int | None = None,
 ) -> None:
     """Serve in this process until SIGTERM or SIGINT; blocks. Main thread only.
+
+    `storage` is a backend's name and configuration, which a process of its own drives.
 
     With `parent_fd`, one end of the parent's socket pair: tell it when the server is ready, live
     until its other end closes (however the parent dies), leave SIGINT to the parent (Ctrl-C
@@ -275,21 +279,54 @@ def run_server(
     """
     server = MemoryServer(address, host_bytes, pretouch=pretouch, eviction=eviction)
     _stop_at_signals(server, signal.SIGTERM, *([signal.SIGINT] if parent_fd is None else []))
-    if parent_fd is None:
+    if parent_fd is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        server.watch(parent_fd)
+    else:
         log.info(
             "%.2f GiB of host memory, evicted by %s, address %s",
             host_bytes / GIB,
             eviction,
             address,
         )
+    if storage is None:
+        _tell_ready(parent_fd)
         server.run()
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    server.watch(parent_fd)
-    with contextlib.suppress(OSError):
-        os.write(parent_fd, READY)
-    server.run()
-    shutil.rmtree(address.directory, ignore_errors=True)
+    else:
+        _run_beside_storage(server, storage, parent_fd)
+    if parent_fd is not None:
+        shutil.rmtree(address.directory, ignore_errors=True)
+
+
+def _tell_ready(parent_fd: int | None) -> None:
+    if parent_fd is not None:
+        with contextlib.suppress(OSError):
+            os.write(parent_fd, READY)
+
+
+def _run_beside_storage(
+    server: MemoryServer, storage: tuple[str, str | None], parent_fd: int | None
+) -> None:
+    """Serve from now on; who started us hears that all is well once storage is there, too. Raises
+    ConfigError where it cannot be."""
+    failures: list[ConfigError] = []
+
+    def started(failure: ConfigError | None) -> None:
+        if failure is None:
+            _tell_ready(parent_fd)
+        else:
+            failures.append(failure)
+            with contextlib.suppress(OSError):  # it has ended by itself
+                server.stop()
+
+    process = StorageProcess(server.address, *storage, started)
+    try:
+        process.start()
+        server.run()
+    finally:
+        process.stop()
+    for failure in failures:
+        raise failure
 
 
 def _stop_at_signals(server: MemoryServer, *signals: int) -> None:

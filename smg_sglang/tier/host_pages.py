@@ -174,13 +174,20 @@ class HostPages:
             return []
         return [self._held(lease.arena.buffer, lease.offsets, lease)]
 
-    def publish(self, path: bytes, slots: torch.Tensor, first: int = 0) -> int:
+    def publish(
+        self,
+        path: bytes,
+        slots: torch.Tensor,
+        first: int = 0,
+        published: Callable[[MemoryConnection, bytes], None] = lambda connection, path: None,
+    ) -> int:
         """Copy what host memory lacks of `path` and publish it, before returning; the number of
         pages of the path that it has then, fewer than all where it is full. Where another rank
         writes the same bytes, that is its business.
 
         Args:
             slots: int64, device slots of pages `first` and on; host memory has what is before.
+            published: told what was published.
 
         Raises:
             MemoryUnavailable: the server is away or slow, or it lacks pages before `first`.
@@ -200,6 +207,7 @@ class HostPages:
         mine = slots[begin : begin + len(reservation.pages) * self._page_size]
         if mine.numel():
             self._write(connection, reservation, mine)
+            published(connection, path[: KEY_BYTES * (reservation.have + len(reservation.pages))])
         return reservation.have + len(reservation.pages)
 
     def _write(

@@ -35,6 +35,7 @@ from smg_sglang.tier.load_backs import LoadBacks, Part
 from smg_sglang.tier.lookups import Lookups
 from smg_sglang.tier.ranks import ALONE, Ranks
 from smg_sglang.tier.spills import Spills
+from smg_sglang.tier.stored import Stored, stored_reading
 from smg_sglang.tier.trail import Trail
 from smg_sglang.tier.windows import WindowLayers
 from smg_sglang.transfer.copy_rates import measure_copies
@@ -59,6 +60,7 @@ class HostTier:
         spills: device pages on their way to host memory.
         pages: host pages that are held while they are attended.
         ahead: loads that no forward waits for; None without `--smg-prefetch`.
+        stored: what lies in storage; None where the memory server has none.
         waits: requests that wait for a prefix that others compute.
     """
 
@@ -92,6 +94,7 @@ class HostTier:
         self._arena: Arena | None = None
         self._host_pages = 0
         self.connections = Connections(address, namespace, self._timeout_s)
+        self.stored = None if windows else Stored.of(self.connections, config)
         self.trails: list[Trail] = []
         # Memory can be page-locked once only, and the streams' ring copies the same arenas.
         self.pins = ArenaPins()
@@ -163,7 +166,14 @@ class HostTier:
             max_waiting_pages=max(1, int(pool_pages * MAX_WAITING_SHARE)),
             trails=self.trails,
             before_copy=before_copy,
+            published=self._published,
         )
+
+    def _published(self, connection: MemoryConnection, path: bytes) -> None:
+        if self.stored is not None:
+            behind = connection is self.connections.background()
+            timeout_s = BACKGROUND_TIMEOUT_S if behind else self._timeout_s
+            self.stored.offer(connection, path, timeout_s)
 
     def release(self, lease: Lease) -> None:
         """End a lease that the caller holds, whichever layers' it is."""
@@ -193,7 +203,8 @@ class HostTier:
                 with windows, of the last of these.
         """
         parts = [Part(trail.found.take(rid), ends[trail.pool], trail.pool) for trail in self.trails]
-        return self.load_backs.load(rid, slots, parts)
+        stored = self.stored.tokens_of(rid) if self.stored is not None else 0
+        return self.load_backs.load(rid, slots, parts, stored)
 
     def forget(self, rid: str) -> None:
         """The request needs nothing of what was found for it, and waits for nothing; idempotent."""
@@ -201,6 +212,8 @@ class HostTier:
         self.lookups.forget(rid)
         for trail in self.trails:
             trail.found.forget(rid)
+        if self.stored is not None:
+            self.stored.forget(rid)
 
     def _connection(self) -> MemoryConnection | None:
         """The scheduler's connection, or None while the server is away, slow, or owes a flush."""
@@ -244,6 +257,9 @@ class HostTier:
         self._quiesce()
         for connections in self._all_connections:
             connections.weights_changed(model)
+        if self.stored is not None:
+            # Nobody will ever look for pages of the new weights under the name they have here.
+            self.stored.close()
         self._close_retired()
 
     def _quiesce(self) -> None:
@@ -278,6 +294,8 @@ class HostTier:
         self.spills.queue.close()
         for trail in self.trails:
             trail.close()
+        if self.stored is not None:
+            self.stored.close()
         self.connections.close()
         for mover in (self._mover, *(trail.mover for trail in self.trails)):
             mover.close()
@@ -295,6 +313,7 @@ class HostTier:
             "memory_connected": connection is not None,
             "memory": self._memory_state(connection),
             "copies": None if self._copies is None else self._copies.state(),
+            "storage": None if self.stored is None else self.stored.state(),
             "leases_held": self._num_leases,
             "spills_waiting": self.spills.waiting_slots,
             "layers": self._layer_kinds(),
@@ -355,6 +374,7 @@ class HostTier:
             "smg:load_seconds": sum(counters.seconds for counters in loads),
             "smg:load_wait_seconds": self.load_backs.loads.counter.blocked_seconds,
             "smg:failed_loads": sum(counters.failed for counters in loads),
+            **stored_reading(self.stored),
         }
         connection = self.connections.background()
         reading["smg:memory_connected"] = 0 if connection is None else 1

@@ -55,12 +55,15 @@ class LoadBacks:
         self._queued: dict[str, list[Lease]] = {}
         self._started: dict[int, list[Lease]] = {}
 
-    def load(self, rid: str, slots: torch.Tensor, ends: Sequence[Part] = ()) -> bool:
+    def load(
+        self, rid: str, slots: torch.Tensor, ends: Sequence[Part] = (), from_storage: int = 0
+    ) -> bool:
         """Queue the load of the first pages found for `rid`; False where it must be computed.
 
         Args:
             slots: int64 [n * page_size] device slots, owned by the request until `finish`.
             ends: what layers with windows need of the end of it.
+            from_storage: tokens that storage brought to host memory for this request.
         """
         parts = [Part(self._found.take(rid), slots), *ends]
         leases = [part.lease for part in parts if part.lease is not None]
@@ -78,7 +81,9 @@ class LoadBacks:
             # The others load: that it has failed is agreed on when they have.
             self.loads.queue_failed(rid, keep_alive=leases)
         self._queued[rid] = leases
-        self._counters.hit_tokens["host"] += slots.numel()
+        stored = min(from_storage, slots.numel())
+        self._counters.hit_tokens["host"] += slots.numel() - stored
+        self._counters.hit_tokens["storage"] += stored
         return True
 
     def _is_there(self, part: Part) -> bool:

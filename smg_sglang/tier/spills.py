@@ -30,6 +30,7 @@ class _Written:
 
     connection: MemoryConnection
     reservation: Reservation
+    path: bytes
 
     def publish(self) -> None:
         self.connection.publish(self.reservation)
@@ -64,6 +65,7 @@ class Spills:
         max_waiting_pages: int,
         trails: Sequence[Trail] = (),
         before_copy: BeforeCopy | None = None,
+        published: Callable[[MemoryConnection, bytes], None] = lambda connection, path: None,
     ) -> None:
         """
         Args:
@@ -71,7 +73,9 @@ class Spills:
             writes: False where another rank writes the same bytes: nothing is copied here.
             max_waiting_pages: whose slots may be locked until they are copied.
             trails: layers with windows, whose pages go with those of the others.
+            published: told of each path that was published, on the spill or the scheduler thread.
         """
+        self._published = published
         self._trails = trails
         self._pages = pages
         self._background = background
@@ -79,7 +83,7 @@ class Spills:
         self.queue: SpillQueue[bytes, _Written | _WrittenElsewhere] = SpillQueue(
             mover,
             reserve=self._reserve if writes else _nothing_to_write,
-            publish=lambda written: written.publish(),
+            publish=self._publish,
             abandon=lambda written: written.abandon(),
             max_waiting_pages=max_waiting_pages,
             before_copy=before_copy,
@@ -133,7 +137,7 @@ class Spills:
         to be reused). Waits for the copy, and for the server no longer than a lookup."""
         pages = len(path) // KEY_BYTES
         try:
-            known = self._pages.publish(path, slots)
+            known = self._pages.publish(path, slots, published=self._published)
         except CopyFailed as error:
             return self._drop("error", error.pages)
         except MemoryUnavailable:
@@ -149,14 +153,21 @@ class Spills:
         self._counters.dropped_pages[reason] += pages
         return False
 
+    def _publish(self, written: _Written | _WrittenElsewhere) -> None:
+        """Runs on the spill thread."""
+        written.publish()
+        if isinstance(written, _Written):
+            self._published(written.connection, written.path)
+
     def _reserve(self, path: bytes) -> SpillTarget[_Written | _WrittenElsewhere]:
         """Runs on the spill thread."""
         connection = self._background()
         if connection is None:
             raise MemoryUnavailable("the memory server is away")
         reservation = connection.reserve(path, BACKGROUND_TIMEOUT_S)
+        end = reservation.have + len(reservation.pages)
         return SpillTarget(
-            handle=_Written(connection, reservation),
+            handle=_Written(connection, reservation, path[: end * KEY_BYTES]),
             arena=reservation.arena.buffer,
             offsets=np.asarray(reservation.offsets),
             first=reservation.have,

@@ -29,6 +29,7 @@ PAGE = 16
 
 LINKER = "mem_cache.unified_cache.unified_cache_linker"
 WRAPPER = f"{LINKER}.UnifiedCacheLinkerWrapper"
+STORAGE = "mem_cache.hicache_storage.HiCacheStorage"
 CACHE = "mem_cache.unified_radix_cache.UnifiedRadixCache"
 CORE = "mem_cache.rust_tree_core.adapter.RustUnifiedTreeCore"
 UPDATER = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
@@ -83,6 +84,19 @@ SIGNATURES = [
     ("cache/linker_wrapper.py", f"{CORE}.mark_external_linker_offload_pending", "self node_id"),
     ("options/refusals.py", "arg_groups.model_override_base.model_config_of", "server_args"),
     ("options/refusals.py", "mem_cache.kv_cache_builder.uses_ssm_state", "model_config"),
+    (
+        "cache/radix_cache.py",
+        "managers.schedule_batch.split_cached_prefix_by_tier",
+        "prefix_len host_hit_len storage_hit_len storage_hit_start host_hit_is_storage",
+    ),
+    ("storage/backend.py", f"{STORAGE}.batch_get_v2", "self transfers extra_info"),
+    ("storage/backend.py", f"{STORAGE}.batch_set_v2", "self transfers extra_info"),
+    ("storage/backend.py", f"{STORAGE}.batch_exists", "self keys extra_info"),
+    (
+        "storage/backend.py",
+        f"{STORAGE}.register_mem_host_pool_v2",
+        "self host_pool host_pool_name",
+    ),
     # what we hook
     ("seams/plugin.py", "server_args.ServerArgs.add_cli_args", "parser"),
     ("seams/plugin.py", "server_args.ServerArgs.from_cli_args", "args"),
@@ -388,6 +402,7 @@ def test_our_classes_override_what_sglang_has():
     added |= {"_abc_impl", "streams", "_stream", "_has_failed"}
     added |= {"prefetch", "prefetch_waiting", "tree_evictable_size"}
     added |= {"_fitting", "_spill_window", "prefix_waits", "wait_for_prefix", "host_events"}
+    added |= {"_find", "waits_for_storage"}
     added |= {"internal_state", "on_weight_update", "least_of_ranks"}
     for ours, theirs in (
         (SmgRadixCache, UnifiedRadixCache),

@@ -378,3 +378,14 @@ def test_a_box_short_of_memory_is_like_a_full_tier():
     world.limit = 64 * 1024
     assert world.write(a, fresh_path(20)) == 20
     world.stats()
+
+
+def test_a_lookup_that_is_nobodys_use_pins_and_is_not_counted():
+    world = World()
+    world.write(world.connect(), make_path(1, 2, 3))
+    assert len(world.books.lookup(A, 999, make_path(1, 2, 3), 1, is_use=False)) == 2
+    stats = world.stats()
+    total = stats.total
+    assert (stats.leases, total.lookups, total.hits, total.hit_pages) == (1, 0, 0, 0)
+    world.books.release(A, 999)
+    assert world.stats().leases == 0

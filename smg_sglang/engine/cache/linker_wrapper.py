@@ -33,6 +33,8 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
     def __init__(self, cache: SmgRadixCache, cache_linker: SmgLinker) -> None:
         super().__init__(cache, cache_linker)
         self.tier: HostTier = cache_linker.tier
+        self.waiting: set[str] = set()
+        """Requests, by id, that wait for what storage brings to host memory."""
         # How often a node is inserted before the tree core asks for its spill. For write-back it
         # never does: there `SmgRadixCache` spills on eviction. (The core's own write-back mode
         # needs HiCache's host pool.)
@@ -47,14 +49,14 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
         all of them have it.
         """
         self.hit_markers.pop(req.rid, None)
+        self.waiting.discard(req.rid)
         tail = self._tail_hashes(key, result, result.device_prefix_len)
         head = self._path(result.last_device_node) if result.device_prefix_len else b""
         if not tail:
             self.tier.lookups.touch(req.rid, head)
             return result
         path = keys_from_hex(tail)
-        pages = self.tier.lookups.find(req.rid, head + path, len(head) // KEY_BYTES)
-        (pages,) = self.cache.least_of_ranks(pages)
+        pages = self._find(req.rid, head + path, len(head) // KEY_BYTES)
         pages = self._fitting(req.rid, path, pages)
         if pages == 0:
             return result
@@ -67,6 +69,23 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
             swa_host_hit_length=max([0, *(min(pages, t.window) for t in self.tier.trails)])
             * self.cache.page_size,
         )
+
+    def _find(self, rid: str, path: bytes, start: int) -> int:
+        """How many pages of `path[start:]` all ranks find in host memory; where any of them waits
+        for more of it from storage, all do."""
+        lookups, stored = self.tier.lookups, self.tier.stored
+        pages = lookups.find(rid, path, start)
+        if stored is None:
+            (pages,) = self.cache.least_of_ranks(pages)
+            return pages
+        waits = stored.waits(rid, path, start + pages)
+        if not waits and stored.has_come(rid):
+            lookups.forget(rid)
+            pages = lookups.find(rid, path, start)
+        pages, may_go = self.cache.least_of_ranks(pages, not waits)
+        if not may_go:
+            self.waiting.add(rid)
+        return pages
 
     def _fitting(self, rid: str, tail: bytes, pages: int) -> int:
         """Of a hit of so many pages as much as layers with windows have the end of, on all ranks:
@@ -150,9 +169,11 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
 
     def release_request(self, rid: str) -> None:
         super().release_request(rid)
+        self.waiting.discard(rid)
         self.tier.forget(rid)
 
     def release_finished(self, rid: str) -> None:
         """Drop what a request found and never loaded: a later chunk of it may have looked again."""
         self.hit_markers.pop(rid, None)
+        self.waiting.discard(rid)
         self.tier.forget(rid)

@@ -19,7 +19,7 @@ from smg_sglang.engine.cache.kv_events import HostEvents
 from smg_sglang.engine.cache.linker import SmgLinker
 from smg_sglang.engine.cache.linker_wrapper import SmgLinkerWrapper
 from smg_sglang.engine.cache.prefetch import Prefetch
-from smg_sglang.engine.cache.waits import PrefixWaits
+from smg_sglang.engine.cache.waits import PrefixWaits, pass_over
 from smg_sglang.engine.split import publication
 from smg_sglang.engine.streams.stream import Stream
 from smg_sglang.engine.streams.table import Streams, activate
@@ -93,6 +93,18 @@ class SmgRadixCache(UnifiedRadixCache):
 
     # ---- requests that wait ----
 
+    def waits_for_storage(self, req: Any) -> bool:
+        """Whether a request that has just been matched is to be passed over in this batch, since
+        storage is bringing its prefix. Where it is not, SGLang is told what storage has brought."""
+        if not isinstance(self.linker, SmgLinkerWrapper) or self.linker.tier.stored is None:
+            return False
+        if req.rid in self.linker.waiting:
+            return True
+        start, tokens = self.linker.tier.stored.span(req.rid)
+        if tokens:
+            req.storage_hit_start, req.storage_hit_length = start, tokens
+        return False
+
     def check_hicache_events(self) -> None:
         super().check_hicache_events()
         if self.prefetch is not None:
@@ -110,6 +122,8 @@ class SmgRadixCache(UnifiedRadixCache):
 
     def wait_for_prefix(self, adder: Any, req: Any) -> Any:
         """SGLang asks to admit a request: a verdict without doing so, where it is to wait."""
+        if self.waits_for_storage(req):
+            return pass_over(adder)
         return None if self.prefix_waits is None else self.prefix_waits.verdict(adder, req)
 
     def tree_evictable_size(self) -> int:

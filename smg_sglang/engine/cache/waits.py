@@ -1,4 +1,5 @@
-"""Requests wait for a prefix that another one is computing: asked as SGLang admits them.
+"""Requests wait for a prefix that another one is computing, or storage is bringing: asked as
+SGLang admits them.
 
 A hook around `PrefillAdder.add_one_req` (`patches/sglang-0.5.23/0013`). Ranks decide alike, without
 a word between them: tokens, batches and the length of hits are the same on all, and a wait is
@@ -35,6 +36,16 @@ def around_add_one_req(
     return add_streamed(original, adder, req, *args, **kw)
 
 
+def pass_over(adder: Any) -> Any:
+    """SGLang's verdict on a request that waits: go on with the next one, or, where many wait, with
+    none."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    passed_over = getattr(adder, PASSED_OVER, 0) + 1
+    setattr(adder, PASSED_OVER, passed_over)
+    return AddReqResult.CONTINUE if passed_over < MOST_PASSED_OVER else AddReqResult.OTHER
+
+
 class PrefixWaits:
     """What `SmgRadixCache` knows of waiting requests. Scheduler thread only."""
 
@@ -43,10 +54,7 @@ class PrefixWaits:
         self._tier = tier
 
     def verdict(self, adder: Any, req: Any) -> Any:
-        """SGLang's verdict on a request that waits: go on with the next one, or, where many wait,
-        with none. None for a request that does not."""
-        from sglang.srt.managers.schedule_policy import AddReqResult
-
+        """SGLang's verdict on a request that waits; None for one that does not."""
         # `init_next_round_input` may have given it a state slot, which only SGLang takes back.
         waits = self._tier.waits
         if not waits.most_steps or self._cache.supports_mamba() or not _has_prefixes(req):
@@ -54,9 +62,7 @@ class PrefixWaits:
         known = req.prefix_len + req.host_hit_length
         if not waits.passes_over(req.rid, known, self._coming(adder, req, known)):
             return None
-        passed_over = getattr(adder, PASSED_OVER, 0) + 1
-        setattr(adder, PASSED_OVER, passed_over)
-        return AddReqResult.CONTINUE if passed_over < MOST_PASSED_OVER else AddReqResult.OTHER
+        return pass_over(adder)
 
     def _coming(self, adder: Any, req: Any, known: int) -> int:
         """Tokens of its prefix that the request will find when what is computed now is there."""

@@ -210,5 +210,6 @@ def refuse_beside_windows(args: ServerArgs) -> None:
         [
             (config.write_policy is WritePolicy.WRITE_BACK, "--smg-write-policy write_back"),
             (config.prefetch, "--smg-prefetch"),
+            (config.storage is not None, "--smg-storage"),
         ],
     )

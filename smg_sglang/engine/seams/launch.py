@@ -70,7 +70,10 @@ def start_memory(server_args: Any) -> None:
     assert config.eviction_policy is not None
     with _one_sentence(server_args):
         process = MemoryProcess.start(
-            host_bytes=int(config.host_gb * GIB), eviction=config.eviction_policy
+            host_bytes=int(config.host_gb * GIB),
+            eviction=config.eviction_policy,
+            storage=config.storage,
+            storage_config=config.storage_config,
         )
     _running.append(process)
     choice["address"] = process.address

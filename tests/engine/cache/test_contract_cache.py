@@ -34,7 +34,7 @@ class Tier:
 
     def __init__(self, policy) -> None:
         self.config = SimpleNamespace(write_policy=policy, stream_context=False)
-        self.ahead = None
+        self.ahead = self.stored = None
         self.trails = []
         # One object stands for all parts of a tier.
         self.lookups = self.spills = self.queue = self

@@ -252,6 +252,7 @@ def test_each_flag_can_be_given_on_every_way_that_is_derived_from_it(monkeypatch
         "eviction_policy": "lfu",
         "host_gb": "0.5",
         "host_dtype": "fp8",
+        "storage": "file",
     }
     monkeypatch.setenv("SMG_ENABLE", "1")
     for field, option in OPTIONS.items():
