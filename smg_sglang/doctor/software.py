@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from smg_sglang import TESTED_SGLANG, __version__
 from smg_sglang.doctor.finding import Finding, advice, wrong
 
-_NEEDED = ("torch", "msgspec", "numpy", "pyzmq", "psutil", "prometheus-client")
+_NEEDED = ("torch", "msgspec", "numpy", "pyzmq", "psutil", "prometheus-client", "xxhash")
 
 
 def look_at_software(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
