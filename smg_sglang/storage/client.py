@@ -113,7 +113,7 @@ class StorageClient:
             if left_ms <= 0:
                 self._is_prompt = False
                 return
-            with self._lock:
+            with self._lock, contextlib.suppress(zmq.ZMQError):
                 self._socket.poll(left_ms)
             self.poll()
 
