@@ -542,5 +542,5 @@ def test_prefixes_of_latents_are_expanded_in_chunks_as_under_flashinfers_name(cu
     monkeypatch.setattr(choices, "add_chunked_prefix_cache_attention_backend", chunked.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     for _ in range(2):
-        plugin._register_stream_hooks(lambda *hook: None, HookType)
+        plugin._register_admission_hooks(lambda *hook: None, HookType)
     assert chunked.count("smg") == cuda
