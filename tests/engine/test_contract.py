@@ -6,6 +6,7 @@ depends on what changed.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import pickle
 import pkgutil
@@ -13,7 +14,7 @@ import re
 
 import pytest
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import MatchResult
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, InsertResult, MatchResult
 from sglang.srt.mem_cache.unified_cache import unified_cache_linker
 
 from smg_sglang.engine.cache.linker import SmgLinker, device_pool, has_latents
@@ -254,6 +255,43 @@ def test_a_linker_is_built_with_these_keywords():
     assert set(inspect.signature(SmgLinker).parameters) == {"server_args", "params"} | passed
 
 
+@needed_by("engine/cache/linker.py (full_layers, state_layers)")
+def test_pools_of_states_say_which_layers_they_have_and_where_their_bytes_are():
+    from sglang.srt.mem_cache import memory_pool
+
+    hybrid = inspect.getsource(memory_pool.HybridLinearKVPool)
+    assert "self.full_attention_layer_id_mapping" in hybrid and "self.full_kv_pool" in hybrid
+    requests = inspect.getsource(memory_pool.HybridReqToTokenPool)
+    for name in ("mamba_pool", "mamba_map", "mamba_ckpt_pool"):
+        assert f"self.{name}" in requests
+    assert hasattr(memory_pool.HybridReqToTokenPool, "register_layer_transfer_counter")
+    fields = {field.name for field in dataclasses.fields(memory_pool.MambaPool.State)}
+    assert {name for name in fields if not name.startswith("replayssm_")} == {"conv", "temporal"}
+    assert memory_pool.MambaPool._slot_siblings == ()
+
+
+@needed_by("engine/cache/linker_wrapper.py (spill_state)")
+def test_a_node_that_host_memory_has_is_not_offered_again():
+    from sglang.srt.mem_cache.unified_cache import unified_tree_core_interface as interface
+
+    core = interface.UnifiedTreeCoreInterface
+    for name in ("build_external_linker_offload_transfers", "get_component_device_value"):
+        assert hasattr(core, name)
+    assert "mamba_exist" in {f.name for f in dataclasses.fields(InsertResult)}
+    assert "mamba_value" in {f.name for f in dataclasses.fields(InsertParams)}
+
+
+@needed_by("engine/cpu/convolutions.py")
+def test_convolutions_ask_for_triton_by_these_names():
+    from sglang.srt.layers.attention.mamba import causal_conv1d
+
+    for function, kernel in (
+        (causal_conv1d.causal_conv1d_fn, "_causal_conv1d_fn_triton("),
+        (causal_conv1d.causal_conv1d_update, "_causal_conv1d_update_triton("),
+    ):
+        assert kernel in inspect.getsource(function)
+
+
 @needed_by("engine/cache/radix_cache.py")
 def test_records_have_the_fields_we_fill():
     assert unified_cache_linker._PendingOffload._fields == (
@@ -398,11 +436,11 @@ def test_our_classes_override_what_sglang_has():
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
     added = {"tier", "host_tier", "spill_before_eviction", "_path", "_path_slots"}
-    added |= {"_pending", "before_retraction", "spill_retracted", "release_finished"}
+    added |= {"_submit", "before_retraction", "spill_retracted", "release_finished"}
     added |= {"_abc_impl", "streams", "_stream", "_has_failed"}
     added |= {"prefetch", "prefetch_waiting", "tree_evictable_size"}
     added |= {"_fitting", "_spill_window", "prefix_waits", "wait_for_prefix", "host_events"}
-    added |= {"_find", "waits_for_storage"}
+    added |= {"_find", "waits_for_storage", "spill_state"}
     added |= {"internal_state", "on_weight_update", "least_of_ranks"}
     for ours, theirs in (
         (SmgRadixCache, UnifiedRadixCache),

@@ -52,10 +52,11 @@ SHAPES = [
     {"kind": "mha", "heads": 3, "dim": 64},
     {"kind": "mha", "heads": 1, "dim": 5, "v_dim": 3},
     {"kind": "mla", "dim": 72},
+    {"kind": "states"},
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["tp1", "odd", "mla"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["tp1", "odd", "mla", "states"])
 @pytest.mark.parametrize("pinned", [True, False])
 @pytest.mark.parametrize("scattered", [True, False])
 def test_pages_come_back_byte_for_byte(driver, shape, pinned, scattered):
