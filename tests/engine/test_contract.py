@@ -21,6 +21,8 @@ from smg_sglang.engine.cache.linker import SmgLinker, device_pool, has_latents
 from smg_sglang.engine.cache.linker_wrapper import SmgLinkerWrapper
 from smg_sglang.engine.cache.radix_cache import SmgRadixCache
 from smg_sglang.errors import ConfigError
+from smg_sglang.transfer.movers import make_mover
+from tests.transfer import worlds
 
 from .contract import needed_by
 
@@ -411,6 +413,34 @@ def test_a_pool_with_scales_of_each_token_is_refused():
     assert pool.k_scale_buffer is not None
     with pytest.raises(ConfigError, match="does not know the KV pool MHATokenToKVPool"):
         device_pool(pool, PAGE)
+
+
+@needed_by("engine/cache/linker.py (_sparse_pool)")
+def test_index_keys_go_with_the_latents_of_their_page():
+    """DeepSeek-V3.2's pool, whose kernels want a GPU: its layout and copies on a CPU."""
+    from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
+
+    page = 64
+    options = {
+        "size": 6 * page, "page_size": page, "dtype": torch.bfloat16, "layer_num": 2,
+        "kv_lora_rank": 32, "qk_rope_head_dim": 8, "kv_cache_dim": 40, "index_head_dim": 128, "index_buf_size": 6 * page,
+        "device": "cpu", "enable_memory_saver": False,
+    }  # fmt: skip
+    sglang = DSATokenToKVPool(**options)
+    pool = device_pool(sglang, page)
+    assert has_latents(sglang)
+    assert pool.layout.page_bytes == 2 * page * (40 * 2 + 128 + 4)
+    for tensor in (*sglang.kv_buffer, *sglang.index_k_with_scale_buffer):
+        tensor.view(torch.uint8).random_(0, 256)
+    index = [buffer.clone() for buffer in sglang.index_k_with_scale_buffer]
+    slots = torch.arange(2 * page, 4 * page)
+    arena, offsets = worlds.make_arena(pool, 2)
+    worlds.round_trip(pool, make_mover(pool), slots, slots + page, arena, offsets)
+    for layer, before in enumerate(index):
+        # Pages 2 and 3 came back as pages 3 and 4: keys and scales of each as they were.
+        assert torch.equal(sglang.index_k_with_scale_buffer[layer][3:5], before[2:4])
+    with pytest.raises(ConfigError, match="a key for each token"):
+        device_pool(DSATokenToKVPool(**options, skip_topk_layers=[False, True]), page)
 
 
 @needed_by("engine/cache/linker.py (has_latents)")

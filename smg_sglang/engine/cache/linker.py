@@ -6,6 +6,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.memory_pool import (
     HybridLinearKVPool,
@@ -212,19 +213,47 @@ def device_pool(kvcache: Any, page_size: int) -> DevicePool:
     """One of SGLang's KV pools as byte rows.
 
     Raises:
-        ConfigError: a pool that is neither plain MHA/GQA nor plain MLA, or has more of a token than
-            K and V (scales).
+        ConfigError: a pool that is neither plain MHA/GQA nor MLA (sparse or not), or has more of a
+            token than K and V (scales).
     """
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
     if type(kvcache) is MHATokenToKVPool and not _has_scales(kvcache):
         return DevicePool.mha(kvcache.k_buffer, kvcache.v_buffer, page_size, kvcache.dtype)
+    if _is_sparse(kvcache):
+        return _sparse_pool(kvcache, page_size)
     if has_latents(kvcache):
         return DevicePool.mla(kvcache.kv_buffer, page_size, kvcache.dtype)
     raise ConfigError(
         f"--enable-smg does not know the KV pool {type(kvcache).__name__} of this model or these "
         "flags; start without it."
     )
+
+
+def _is_sparse(kvcache: Any) -> bool:
+    """Whether keys of an indexer lie beside the latents (DeepSeek-V3.2, GLM-5)."""
+    from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
+
+    return type(kvcache) is DSATokenToKVPool
+
+
+def _sparse_pool(kvcache: Any, page_size: int) -> DevicePool:
+    """Latents, and the indexer's keys with their scales. Of the latter a page has first all keys
+    and then all scales; as pages are copied whole, they go as so many rows of equal length.
+
+    Raises:
+        ConfigError: pooled index keys, layers without them, or pages of another size than theirs.
+    """
+    if kvcache.index_kpool != 1 or any(kvcache.skip_topk_layers) or page_size != kvcache.page_size:
+        raise ConfigError(
+            "--enable-smg keeps the index keys of sparse attention only where each layer has a key "
+            "for each token; start without it."
+        )
+    slots = kvcache.kv_buffer[0].shape[0]
+    latents = [layer.view(torch.uint8) for layer in kvcache.kv_buffer]
+    index = kvcache.index_k_with_scale_buffer
+    keys = [layer.view(-1, 1, layer.shape[1] // page_size) for layer in index]
+    return DevicePool({"kv": latents, "index": [layer[:slots] for layer in keys]}, page_size)
 
 
 def _has_scales(kvcache: Any) -> bool:
@@ -237,7 +266,7 @@ def has_latents(kvcache: Any) -> bool:
     from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
     pool = kvcache.full_kv_pool if isinstance(kvcache, HybridLinearKVPool) else kvcache
-    return type(pool) is MLATokenToKVPool
+    return type(pool) is MLATokenToKVPool or _is_sparse(pool)
 
 
 def _metrics(tier: HostTier, server_args: ServerArgs) -> TierMetrics:

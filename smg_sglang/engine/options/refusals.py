@@ -136,7 +136,7 @@ def refuse_streams(args: ServerArgs) -> None:
             sliding windows, and on CUDA for MLA in chunks that are too large.
     """
     from sglang.srt.arg_groups.model_override_base import model_config_of
-    from sglang.srt.configs.model_config import AttentionArch
+    from sglang.srt.configs.model_config import AttentionArch, is_deepseek_dsa
 
     model = model_config_of(args)
     backends = {args.attention_backend, args.prefill_attention_backend}
@@ -148,6 +148,7 @@ def refuse_streams(args: ServerArgs) -> None:
             ((args.chunked_prefill_size or 0) <= 0, "prompts that are not computed in chunks"),
             (args.is_embedding, "embedding models"),
             (_has_windows(model.hf_text_config), "models with sliding-window layers"),
+            (is_deepseek_dsa(model.hf_config), "models with sparse attention"),
         ],
     )
     if model.attention_arch == AttentionArch.MLA and device_kind(args) == "cuda":
