@@ -5,7 +5,8 @@
 In one process, the subjects take turns in every round; figures are medians with quartiles.
 Pages lie in a memfd as the memory server makes it, their slots in a pool of twice as many pages.
 ``random``: pages at random places on both sides (a cache in use); ``in order``: as when new.
-`--candidates` (CUDA): other ways to copy beside the mover's. On CUDA also what a spill and a load of a few pages cost the CPU, and how often it enqueues.
+On CUDA also what a spill and a load of a few pages cost the CPU, and how often it enqueues;
+`--candidates`: other ways to copy (`copy_candidates.py`) beside the mover's.
 """
 
 from __future__ import annotations
