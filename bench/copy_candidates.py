@@ -3,7 +3,7 @@
     python bench/transfer.py --device cuda --candidates
 
 None has been measured yet; what is expected of each stands beside it (44 to 46 of 54.7 GB/s is what
-the mover had on an H100: docs/gpu.md). A page of an 8B model has 2 MiB, 32 KiB of each layer's keys.
+the mover had on an H100: docs/gpu.md). A page of an 8B model has 2 MiB, 32 KiB of a layer's keys.
 """
 
 from __future__ import annotations
