@@ -406,6 +406,7 @@ class HostTier:
             "smg:leases": stats.leases,
             "smg:evicted_pages": stats.total.pages_evicted,
             "smg:short_pages": stats.total.pages_short,
+            "smg:quarantined_pages": stats.quarantined_pages,
             "smg:refused_messages": {
                 "malformed": stats.malformed,
                 "stray": stats.strays,
