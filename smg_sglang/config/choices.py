@@ -30,8 +30,8 @@ from smg_sglang.config.policies import (
 class SmgConfig:
     """The validated choice of an operator. Times in milliseconds, sizes in GiB.
 
-    `host_gb`, `eviction_policy`, `hint_share` and `storage` are None when the memory server is somebody else's
-    (`memory_address`).
+    `host_gb`, `eviction_policy`, `hint_share` and `storage` are None when the memory server is
+    somebody else's (`memory_address`).
     `decode_workers` is 0 where one worker does both phases.
     """
 

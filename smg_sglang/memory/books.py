@@ -78,6 +78,7 @@ class Books:
         clock: Callable[[], float] = time.monotonic,
         may_grow: Callable[[int], bool] = grow_freely,
         eviction: EvictionName = DEFAULT_EVICTION,
+        *,
         hint_share: float = DEFAULT_HINT_SHARE,
     ) -> None:
         """`may_grow`: see `SlabPool`; `hint_share`: see `Hinting`."""

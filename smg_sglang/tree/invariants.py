@@ -18,6 +18,7 @@ def check_tree(
     queue: EvictionQueue,
     num_pages: int,
     num_pinned: int,
+    *,
     kept: Mapping[bytes, int],
 ) -> None:
     """Raise AssertionError for the first thing that is wrong with the tree under `root`."""

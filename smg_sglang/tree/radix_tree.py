@@ -306,8 +306,8 @@ class RadixTree:
 
     def check_invariants(self) -> None:
         """Raise AssertionError that says what is wrong if the books are. Walks the tree."""
-        counted = self._num_pages, self._num_pinned, self.retained
-        check_tree(self._root, self.nodes(), self._queue, *counted)
+        counted = self._num_pages, self._num_pinned
+        check_tree(self._root, self.nodes(), self._queue, *counted, kept=self.retained)
 
     def _descend(self, path: bytes) -> tuple[Node, int, int, list[Pages]]:
         """Follow `path` as far as it is known: the last node, the pages known in all and within

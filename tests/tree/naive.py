@@ -77,17 +77,16 @@ class NaiveTree:
             self._split(last, len(known))
         done = 0
         for run in self._along(path[: len(known)]):
+            kept = run
             if not run.kept_until:
                 part = min(run.length, most)
                 most -= part
                 if part < run.length:
-                    run = self._split(run, run.start + part) if part else None
-                if run is not None:
-                    run.tenant = tenant
-            if run is None or run.start != done:
+                    kept = self._split(run, run.start + part) if part else None
+            if kept is None or kept.start != done:
                 break
-            run.kept_until = max(run.kept_until, until)
-            done += run.length
+            kept.kept_until, kept.tenant = max(kept.kept_until, until), tenant
+            done += kept.length
         return len(known), done, len(known) - done
 
     def end_retain(self, path) -> tuple[int, int, int]:

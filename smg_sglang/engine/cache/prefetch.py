@@ -159,6 +159,11 @@ class Prefetch:
             self._finish(piece, landed=False)
         return tokens
 
+    def is_done(self, rid: str) -> bool:
+        """Whether all has been loaded for one that waits, or nothing more can be."""
+        waiting = self._waiting.get(rid)
+        return waiting is not None and waiting.done and not waiting.under_way
+
     def drop(self) -> None:
         """The cache or the weights are others from now on."""
         self.give_back()
