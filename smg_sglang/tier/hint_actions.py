@@ -25,7 +25,9 @@ MOST_ACTIONS = 16
 VERSION = "1"
 
 _Tokens = Annotated[int, msgspec.Meta(ge=1)]
-_Ids = Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 63)]], msgspec.Meta(min_length=1)]
+#: A token as SGLang's trees keep it.
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_Ids = Annotated[list[TokenId], msgspec.Meta(min_length=1)]
 _Session = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=LONGEST_S)]
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from smg_sglang.errors import SmgError
+from smg_sglang.tier.hint_actions import TokenId
 
 PATH = "/kv_hints"
 _PROMPTS = ("text", "input_ids", "messages")
@@ -24,7 +25,7 @@ class BadHint(SmgError):
 class _Body(msgspec.Struct, forbid_unknown_fields=True):
     kv_hints: dict[str, Any]
     text: str | None = None
-    input_ids: list[int] | None = None
+    input_ids: list[TokenId] | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
