@@ -22,6 +22,8 @@ KINDS = (RETAIN, DEMOTE, PREFETCH, OTHER)
 SESSION_S = 3600.0
 #: Actions of one envelope that are read.
 MOST_ACTIONS = 16
+#: Tokens of an envelope's `input_ids`: they are hashed between two batches.
+MOST_IDS = 1 << 18
 VERSION = "1"
 
 _Tokens = Annotated[int, msgspec.Meta(ge=1)]
@@ -86,6 +88,7 @@ def read_envelope(
         actions: have `action_type`, `action_version` and `payload`.
         now: seconds since 1970.
     """
+    ids = 0
     for number, action in enumerate(actions):
         kind = action.action_type if action.action_type in _PAYLOADS else OTHER
         if number >= MOST_ACTIONS:
@@ -93,7 +96,9 @@ def read_envelope(
             continue
         try:
             _check_version(kind, f"protocol_version {protocol_version!r}", protocol_version)
-            yield _read(kind, action, now())
+            hint = _read(kind, action, now())
+            ids = _check_ids(hint, ids)
+            yield hint
         except HintRefused as refused:
             yield refused
 
@@ -113,6 +118,14 @@ def _read(kind: str, action: Any, now: float) -> Hint:
         seconds=_seconds(payload, now) if kind == RETAIN else 0.0,
         session=getattr(payload, "session", None),
     )
+
+
+def _check_ids(hint: Hint, before: int) -> int:
+    """How many tokens an envelope has named with this hint."""
+    ids = before + len(hint.input_ids or ())
+    if ids > MOST_IDS:
+        raise HintRefused(hint.kind, "malformed", f"more than {MOST_IDS} input_ids in an envelope")
+    return ids
 
 
 def _seconds(payload: _Retain, now: float) -> float:

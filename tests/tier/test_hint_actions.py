@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from smg_sglang.tier import hint_actions
 from smg_sglang.tier.hint_actions import SESSION_S, Hint, HintRefused, read_envelope
 
 NOW = 1_000_000.0
@@ -77,6 +78,16 @@ def test_payloads_that_are_none(kind, payload):
 def test_other_types_and_versions_are_not_ours(kind, version, protocol, counted):
     refused = read(kind, {"seconds": 3}, version, protocol)
     assert (refused.kind, refused.outcome) == (counted, "unsupported")
+
+
+def test_an_envelope_names_so_many_tokens_and_no_more(monkeypatch):
+    monkeypatch.setattr(hint_actions, "MOST_IDS", 5)
+    actions = [
+        SimpleNamespace(action_type="demote", action_version="1", payload={"input_ids": [1] * n})
+        for n in (3, 3, 2)
+    ]
+    hints = list(read_envelope("1", actions))
+    assert [isinstance(hint, HintRefused) for hint in hints] == [False, True, False]
 
 
 def test_actions_beyond_the_most_are_not_read():

@@ -35,6 +35,8 @@ _K = TypeVar("_K")
 
 #: Sessions whose last prefix is known, prefixes that were demoted, and those being prefetched.
 MOST_SESSIONS, MOST_DEMOTED, MOST_COMING = 4096, 256, 64
+#: Requests whose end is waited for.
+MOST_OPEN = 1 << 16
 #: Tokens of the first, and of the second, that are kept in mind (8 bytes each).
 MOST_TOKENS = 1 << 23
 #: Steps of the scheduler after which a prefix is prefetched no longer.
@@ -90,6 +92,8 @@ class CacheHints:
         envelope = getattr(req, "kv_hints", None)
         if envelope is not None and req.rid not in self._open:
             self._open[req.rid] = list(self._read(req, envelope))
+            if len(self._open) > MOST_OPEN:
+                self.dropped(next(iter(self._open)))
 
     def released(self, req: Any) -> None:
         """A request has given its slots back; where it has ended, they are in the tree."""

@@ -1,5 +1,6 @@
 """Hints of requests, and without: a real memory server, SGLang's allocator and Rust tree."""
 
+import random
 from array import array
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ from sglang.srt.managers.kv_hints import decode_kv_hints_envelope
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
 
 from smg_sglang.config import WritePolicy
+from smg_sglang.transfer.mover import random_delay
 
 from . import test_prefetch
 from .test_prefetch import PAGE, SLOTS, key
@@ -259,6 +261,114 @@ def test_a_flush_forgets_what_was_said(make_world):
     world.spilled()
     assert world.evict(8) == 40
     assert world.on_device(A) == 40
+
+
+class Storage:
+    """Storage that brings a prefix to host memory when it is told to arrive."""
+
+    def __init__(self):
+        self.asked, self.done, self.forgotten = [], False, []
+
+    def bring(self, rid, path, have):
+        self.asked.append((rid, len(path) // 16, have))
+
+    def brought(self, rid):
+        return self.done
+
+    def forget(self, rid):
+        self.forgotten.append(rid)
+
+
+def test_what_storage_brings_goes_on_to_the_device(make_world):
+    world = make_world()
+    world.tier.stored = storage = Storage()
+    world.compute(A)
+    world.leave_device()
+    assert world.say("prefetch", {}, A) == "pending"
+    rid = world.hints._coming and next(iter(world.hints._coming))
+    assert storage.asked == [(rid, 10, 10)]
+    world.settle()
+    assert (world.on_device(A), world.hints.prompts()) == (0, []), "storage may have more of it"
+    storage.done = True
+    world.settle()
+    world.step()
+    assert world.on_device(A) == 40
+    assert storage.forgotten == [rid]
+    assert world.outcomes() == {"prefetch met": 1}
+    world.tier.stored = None
+
+
+def test_without_loads_ahead_storage_brings_it_to_host_memory(make_world):
+    world = make_world()
+    world.cache.prefetch = None
+    world.compute(A)
+    world.spilled()
+    assert world.say("prefetch", {}, A) == "met"
+    assert world.say("prefetch", {}, A + B) == "partial"
+    world.tier.stored = storage = Storage()
+    assert world.say("prefetch", {}, A) == "pending"
+    storage.done = True
+    world.cache.check_hicache_events()
+    assert world.outcomes() == {"prefetch met": 2, "prefetch partial": 1}
+    world.tier.stored = None
+
+
+def test_a_prefix_is_prefetched_no_longer_than_so_many_steps(make_world, monkeypatch):
+    from smg_sglang.engine.cache import hints
+
+    monkeypatch.setattr(hints, "MOST_STEPS", 3)
+    world = make_world()
+    world.tier.stored = Storage()
+    world.say("prefetch", {}, A)
+    for _ in range(4):
+        world.step()
+    assert world.outcomes() == {"prefetch absent": 1}
+    world.tier.stored = None
+
+
+def test_only_so_many_prefixes_are_prefetched_at_once(make_world, monkeypatch):
+    from smg_sglang.engine.cache import hints
+
+    monkeypatch.setattr(hints, "MOST_COMING", 1)
+    world = make_world()
+    assert [world.say("prefetch", {}, tokens) for tokens in (A, B)] == ["pending", "unavailable"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ranks_have_the_same_tree_whatever_is_said(make_world, seed):
+    """One copies slowly, and cannot ask its memory for a while."""
+    rng = random.Random(seed)
+    fast, slow = make_world(), make_world(before_copy=random_delay(0.002))
+    storages = Storage(), Storage()
+    for world, storage in zip((fast, slow), storages, strict=True):
+        world.tier.stored = storage
+    with test_prefetch.ranks_of(fast, slow) as ranks:
+        for step in range(300):
+            slow.tier.lookups._timeout_s = 0 if 100 < step < 130 else 5
+            tokens = rng.choice(test_prefetch.PROMPTS)
+            match rng.randrange(6):
+                case 0:
+                    ranks.all(World.compute, tokens[:32])
+                case 1:
+                    ranks.all(test_prefetch.evict, rng.randrange(SLOTS // 2))
+                case 2:
+                    ranks.each(World.say, "demote", {}, tokens)
+                case 3:
+                    ranks.each(World.say, "prefetch", {}, tokens)
+                case 4:
+                    ranks.each(World.say, "retain", {"seconds": 5, "session": "s"}, tokens)
+                case 5:
+                    rng.choice(storages).done = rng.random() < 0.7
+            ranks.all(World.step)
+            ranks.all(World.on_device, rng.choice(test_prefetch.PROMPTS))
+        for storage in storages:
+            storage.done = True
+        ranks.all(World.spilled)
+        ranks.all(World.settle)
+        assert ranks.all(test_prefetch.is_free_in_the_end)
+        assert ranks.all(lambda world: world.tier.counters.prefetched_tokens) > 0
+    for world in (fast, slow):
+        world.tier.stored = None
 
 
 def test_sessions_and_demoted_prefixes_are_kept_in_mind_within_bounds(make_world, monkeypatch):
