@@ -39,8 +39,9 @@ MOST_SESSIONS, MOST_DEMOTED, MOST_COMING = 4096, 256, 64
 MOST_OPEN = 1 << 16
 #: Tokens of the first, and of the second, that are kept in mind (8 bytes each).
 MOST_TOKENS = 1 << 23
-#: Steps of the scheduler after which a prefix is prefetched no longer.
-MOST_STEPS = 1000
+#: Steps of the scheduler that a prefix is waited for: until storage has brought it, and until the
+#: device has room for more of it, which it takes from requests that wait.
+MOST_STEPS, MOST_IDLE_STEPS = 1000, 64
 
 
 @dataclass
@@ -63,12 +64,14 @@ class Prompt:
 
 @dataclass
 class _Coming:
-    """A prefix on its way up. brought: what storage has of it is in host memory."""
+    """A prefix on its way up. brought: what storage has of it is in host memory. steps: since it
+    came; idle: since nothing more of it is being loaded."""
 
     prompt: Prompt
     path: bytes
     brought: bool
     steps: int = 0
+    idle: int = 0
 
 
 class CacheHints:
@@ -215,15 +218,18 @@ class CacheHints:
             ):
                 coming.brought = bool(on_all)
         for coming in list(self._coming.values()):
-            coming.steps += 1
             if self._has_ended(coming):
                 self._end(coming)
 
     def _has_ended(self, coming: _Coming) -> bool:
         ahead = self._cache.prefetch
-        if coming.steps > MOST_STEPS:
+        coming.steps += 1
+        if not coming.brought:
+            return coming.steps > MOST_STEPS
+        if ahead is None:
             return True
-        return coming.brought and (ahead is None or ahead.is_done(coming.prompt.rid))
+        coming.idle = 0 if ahead.is_loading(coming.prompt.rid) else coming.idle + 1
+        return coming.idle > MOST_IDLE_STEPS or ahead.is_done(coming.prompt.rid)
 
     def _end(self, coming: _Coming) -> None:
         rid, path = coming.prompt.rid, coming.path

@@ -326,6 +326,21 @@ def test_a_prefix_is_prefetched_no_longer_than_so_many_steps(make_world, monkeyp
     world.tier.stored = None
 
 
+def test_what_the_device_has_no_room_for_makes_way_for_requests_that_wait(make_world, monkeypatch):
+    from smg_sglang.engine.cache import hints
+
+    monkeypatch.setattr(hints, "MOST_IDLE_STEPS", 3)
+    world, long = make_world(), list(range(1000, 1120))
+    world.compute(long)
+    world.leave_device()
+    world.say("prefetch", {}, long)
+    world.settle()
+    for _ in range(5):
+        world.step()
+    assert world.on_device(long) == SLOTS // 4
+    assert world.outcomes() == {"prefetch partial": 1}
+
+
 def test_only_so_many_prefixes_are_prefetched_at_once(make_world, monkeypatch):
     from smg_sglang.engine.cache import hints
 
