@@ -126,8 +126,7 @@ def make_policy(name: EvictionName, page_size: int) -> EvictionPolicy:
 
 
 class EvictionQueue:
-    """A heap of leaves by grade and rank, invalidated lazily: uses, pins and new children leave it
-    alone. `Node.grade` comes first: what was demoted, the others, what is retained.
+    """A heap of leaves by rank, invalidated lazily: uses, pins and new children leave it alone.
 
     An entry is put right when it comes up, which works because ranks never fall, or `lowered` or
     `renew_first` is told. Each node has
@@ -152,8 +151,10 @@ class EvictionQueue:
         return iter(self._entries)
 
     def rank(self, node: Node) -> Rank:
-        """The node's place in the order of all policies."""
-        return node.grade, self.policy.rank(node)
+        """The node's place: demoted ones first (0), retained ones last (2), and only then as the
+        policy says."""
+        grade = 2 if node.kept_until else 1 if node.demoted_at < node.used_at else 0
+        return grade, self.policy.rank(node)
 
     def offer(self, node: Node) -> None:
         """Enter a node that may be evictable now; one that is not, or is in, is left out."""

@@ -72,11 +72,6 @@ class Node:
         """For whom it is retained."""
 
     @property
-    def grade(self) -> int:
-        """What comes before any policy: demoted nodes go first (0), retained ones last (2)."""
-        return 2 if self.kept_until else int(self.demoted_at < self.used_at)
-
-    @property
     def evictable(self) -> bool:
         """Whether pages may be taken off its end now."""
         return not (self.pins or self.children) and self.attached and self.parent is not None
