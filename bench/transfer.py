@@ -5,7 +5,8 @@
 In one process, the subjects take turns in every round; figures are medians with quartiles.
 Pages lie in a memfd as the memory server makes it, their slots in a pool of twice as many pages.
 ``random``: pages at random places on both sides (a cache in use); ``in order``: as when new.
-On CUDA also what a spill and a load of a few pages cost the CPU, and how often it enqueues.
+On CUDA also what a spill and a load of a few pages cost the CPU, and how often it enqueues;
+`--candidates`: other ways to copy (`copy_candidates.py`) beside the mover's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -29,6 +31,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file
+
+from bench.copy_candidates import candidates
 from smg_sglang.memory.arena import Arena, create_memfd
 from smg_sglang.transfer.compiling import copy_kernels
 from smg_sglang.transfer.copy_rates import measure_copies
@@ -123,7 +128,7 @@ def cpu_subjects(world: World) -> Subjects:
     }
 
 
-def cuda_subjects(world: World) -> Subjects:
+def cuda_subjects(world: World, with_candidates: bool) -> Subjects:
     device = torch.ones(world.nbytes, dtype=torch.uint8, device="cuda")
     host = torch.ones(world.nbytes, dtype=torch.uint8, pin_memory=True)
 
@@ -135,7 +140,11 @@ def cuda_subjects(world: World) -> Subjects:
         "plain device to host": lambda: plain(host, device),
         "plain host to device": lambda: plain(device, host),
     }
-    return subjects | movement(world, cuda_mover(world), "kernel")
+    subjects |= movement(world, cuda_mover(world), "kernel")
+    if with_candidates:
+        for name, make in candidates(world.pool, world.pins).items():
+            subjects |= movement(world, make(), name)
+    return subjects
 
 
 class CountedMover(CudaMover):
@@ -213,6 +222,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--megabytes", type=int, default=256, help="bytes moved per measurement")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="the JSON file (on CUDA in bench/results)")
+    parser.add_argument(
+        "--candidates", action="store_true", help="other ways to copy, too (on CUDA)"
+    )
     options = parser.parse_args(arguments)
     on_cuda = options.device == "cuda"
     options.shapes = options.shapes or (CUDA_SHAPES if on_cuda else list(SHAPES))
@@ -251,7 +263,10 @@ def main() -> None:
         options.shapes, options.page_sizes, options.orders
     ):
         world = World(SHAPES[name], page_size, options.megabytes, options.device, order)
-        subjects = cpu_subjects(world) if options.device == "cpu" else cuda_subjects(world)
+        if options.device == "cpu":
+            subjects = cpu_subjects(world)
+        else:
+            subjects = cuda_subjects(world, options.candidates)
         rates = measure(subjects, world.nbytes, options.rounds)
         costs = {}
         if options.device == "cuda":

@@ -79,6 +79,11 @@ _SERIES: Table = {
     "smg:leases": ("gauge", "Leases that pin host pages, over all servers attached.", None),
     "smg:evicted_pages": ("gauge", "Pages the memory server evicted since it started.", None),
     "smg:short_pages": ("gauge", "Pages refused for want of memory since it started.", None),
+    "smg:quarantined_pages": (
+        "gauge",
+        "Pages kept for processes that lost their connection and may still copy.",
+        None,
+    ),
     "smg:refused_messages": ("gauge", "What the memory server turned away, by kind.", "kind"),
     "smg:stored_pages": ("gauge", "Pages of the storage process by what became of them.", "event"),
     "smg:storage_failures": (

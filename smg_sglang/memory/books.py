@@ -34,6 +34,8 @@ class _Pin:
     space: Space
     tree: RadixTree
     nodes: tuple[Node, ...]
+    pages: int = 0
+    """Of a lease: how many it is for."""
 
     def end(self) -> None:
         for node in self.nodes:
@@ -138,6 +140,16 @@ class Books:
         connection.space.leave()
         self._forget_unused()
 
+    def held_pages(self, name: bytes) -> int:
+        """Pages that the client may read or write: of its leases and its reservations."""
+        connection = self._connections[name]
+        leased = sum(pin.pages for pin in connection.leases.values())
+        return leased + sum(len(w.pages) for w in connection.reservations.values())
+
+    def held_bytes(self, name: bytes) -> int:
+        """The same in bytes."""
+        return self.held_pages(name) * self._connections[name].space.namespace.page_bytes
+
     def lookup(
         self, name: bytes, lease: int, path: bytes, start: int, is_use: bool = True
     ) -> np.ndarray:
@@ -155,7 +167,7 @@ class Books:
         node = note(match) if match.length else None
         pages = match.pages[start:]
         if len(pages):
-            self._lease(connection, lease, _pin(space, node), len(pages) * is_use)
+            self._lease(connection, lease, _pin(space, node, len(pages)), is_use)
         return pages
 
     def lookup_last(
@@ -175,14 +187,14 @@ class Books:
         nodes = tuple(space.tree.touch(match) for match in matches)
         for node in nodes:
             space.tree.pin(node)
-        self._lease(connection, lease, _Pin(space, space.tree, nodes), len(nodes))
+        self._lease(connection, lease, _Pin(space, space.tree, nodes, len(nodes)))
         return length, np.concatenate([match.pages for match in matches])
 
-    def _lease(self, connection: _Connection, lease: int, pin: _Pin, pages: int) -> None:
+    def _lease(self, connection: _Connection, lease: int, pin: _Pin, is_use: bool = True) -> None:
         connection.leases[lease] = pin
         pin.space.leases += 1
-        pin.space.counters.hits += bool(pages)
-        pin.space.counters.hit_pages += pages
+        pin.space.counters.hits += is_use
+        pin.space.counters.hit_pages += pin.pages * is_use
 
     def release(self, name: bytes, lease: int) -> None:
         """Unpin; unknown leases (a miss whose reply came late) are ignored."""
@@ -295,7 +307,14 @@ class Books:
         return self._connections[name].space.changes(since)
 
     def stats(
-        self, *, epoch: str, uptime_s: float, malformed: int, strays: int, refused: int
+        self,
+        *,
+        epoch: str,
+        uptime_s: float,
+        malformed: int,
+        strays: int,
+        refused: int,
+        quarantined: int = 0,
     ) -> Stats:
         """What is held now and what was counted; the arguments are the server's own."""
         total = Counters()
@@ -314,6 +333,7 @@ class Books:
             malformed=malformed,
             strays=strays,
             refused=refused,
+            quarantined_pages=quarantined,
         )
 
     def _end_lease(self, connection: _Connection, lease: int) -> None:
@@ -376,10 +396,10 @@ class Books:
                 assert pins == sum(len(pin.nodes) for pin in held), "a pin leaked"
 
 
-def _pin(space: Space, node: Node | None) -> _Pin:
+def _pin(space: Space, node: Node | None, pages: int = 0) -> _Pin:
     if node is not None:
         space.tree.pin(node)
-    return _Pin(space, space.tree, () if node is None else (node,))
+    return _Pin(space, space.tree, () if node is None else (node,), pages)
 
 
 def _keys(path: bytes) -> list[bytes]:

@@ -22,7 +22,7 @@ _LOOK_EVERY_S = 0.05  # how often `alive` asks the kernel
 
 
 class Channel:
-    """Speaks to one server instance until either side is gone.
+    """Speaks to one server instance, under the `identity` it gave, until either side is gone.
 
     Any thread may call; questions of several threads take turns, notices never wait. After a
     question timed out the channel is *stalled*: further questions fail at once, until a reply
@@ -30,6 +30,7 @@ class Channel:
     """
 
     def __init__(self, endpoint: str, identity: bytes, life: socket.socket) -> None:
+        self.identity = identity
         self._life = life
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, identity)

@@ -2,6 +2,8 @@
 
 import os
 import time
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -94,14 +96,16 @@ class MemoryConnection:
         namespace: Namespace,
         timeout_s: float,
         mappings: ArenaMappings | None = None,
+        let_go: Sequence[bytes] = (),
     ) -> "MemoryConnection":
         """Connect within `timeout_s`; raises MemoryUnavailable (and ConfigError for a bad address).
 
-        Connections that are given the same `mappings` share one mapping of the arena.
+        `let_go`: see the method of that name. Connections that are given the same `mappings` share
+        one mapping of the arena.
         """
         deadline = time.monotonic() + timeout_s
         where = Address.parse(address)
-        life, welcome, arena_fd = shake_hands(where, namespace, timeout_s)
+        life, welcome, arena_fd = shake_hands(where, namespace, timeout_s, let_go)
         try:
             mappings = mappings or ArenaMappings()
             arena = mappings.attach(welcome.epoch, arena_fd, welcome.arena_bytes)
@@ -256,12 +260,25 @@ class MemoryConnection:
         reply = self._channel.ask(protocol.GetChanges(self._channel.next_id(), since), timeout_s)
         return _expect(reply, protocol.Changes)
 
+    def let_go(self, identities: Sequence[bytes]) -> None:
+        """Nothing copies to or from pages of these former connections of this process any more, so
+        that the server may give them to others. One-way."""
+        self._channel.tell(protocol.LetGo(list(identities)))
+
+    def when_unused(self, call: Callable[[bytes], None]) -> None:
+        """Call, once and on any thread, with this connection's identity when neither it nor any of
+        its leases and reservations is left: who copies holds one of them until the copy ends."""
+        ending = weakref.finalize(self._channel, call, self._channel.identity)
+        ending.atexit = False
+
     def close(self) -> None:
-        """End the connection; its leases and unpublished pages go. Waits 0.2 s at most.
+        """End the connection; its leases and unpublished pages go: no copy may be under way. Waits
+        0.2 s at most.
 
         What was sent before is handled before that, if the server is well.
         """
         if self.alive and not self.stalled:
+            self._channel.tell(protocol.Goodbye())
             try:
                 self.ping(_GOODBYE_S)
             except MemoryUnavailable:

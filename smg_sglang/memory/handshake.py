@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Sequence
 
 import msgspec
 
@@ -14,11 +15,12 @@ _WELCOME_MAX_BYTES = 64 << 10
 
 
 def shake_hands(
-    where: Address, namespace: Namespace, timeout_s: float
+    where: Address, namespace: Namespace, timeout_s: float, let_go: Sequence[bytes] = ()
 ) -> tuple[socket.socket, protocol.Welcome, int]:
     """The life line, the server's welcome and the arena's fd; socket and fd are the caller's.
 
-    Each of the three steps waits `timeout_s` at most. Raises MemoryUnavailable.
+    `let_go`: identities of former connections whose copies have ended. Each of the three steps
+    waits `timeout_s` at most. Raises MemoryUnavailable.
     """
     try:
         life = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -29,7 +31,7 @@ def shake_hands(
         life.settimeout(timeout_s)
         life.connect(where.life)
         _check_owner(life)
-        life.send(protocol.encode(protocol.Hello(protocol.VERSION, namespace)))
+        life.send(protocol.encode(protocol.Hello(protocol.VERSION, namespace, list(let_go))))
         data, fds, _, _ = socket.recv_fds(life, _WELCOME_MAX_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
         return life, _read_welcome(data, fds), fds[0]
     except (OSError, msgspec.MsgspecError, MemoryUnavailable) as error:

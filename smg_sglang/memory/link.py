@@ -6,6 +6,7 @@ import random
 import select
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 from smg_sglang.errors import MemoryUnavailable
@@ -14,6 +15,9 @@ from smg_sglang.memory.client import MemoryConnection
 from smg_sglang.memory.namespace import Namespace
 
 log = logging.getLogger(__name__)
+
+#: Former connections of which a new one is told.
+MOST_LET_GO = 256
 
 
 class MemoryLink:
@@ -50,6 +54,8 @@ class MemoryLink:
         self._mappings = mappings or ArenaMappings()
         self._tell = tell
         self._connection: MemoryConnection | None = None
+        # Said again to each new connection, since one that dies may not have passed it on.
+        self._let_go: deque[bytes] = deque(maxlen=MOST_LET_GO)
         self._closing = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._changed = threading.Condition()
@@ -90,8 +96,11 @@ class MemoryLink:
                 continue
             opened_at = time.monotonic()
             self._set(connection)
-            self._sleep(None, connection.fileno())
+            while not self._sleep(None, connection.fileno()) and not self._closing:
+                connection.let_go(list(self._let_go))
             self._drop(connection)
+            # What copies for it holds a lease, not this name.
+            connection = None
             if time.monotonic() - opened_at > self._backoffs[1]:
                 backoff_s = self._backoffs[0]
             elif not self._closing:  # it dies young: do not reconnect in a tight loop
@@ -100,7 +109,11 @@ class MemoryLink:
     def _try_open(self) -> MemoryConnection | None:
         try:
             return MemoryConnection.open(
-                self.address, self.namespace, self._open_timeout_s, self._mappings
+                self.address,
+                self.namespace,
+                self._open_timeout_s,
+                self._mappings,
+                list(self._let_go),
             )
         except MemoryUnavailable as error:
             reason = str(error)
@@ -125,14 +138,25 @@ class MemoryLink:
         self._connection = None
         if not self._closing:
             connection.mark_dead()
+            connection.when_unused(self._copies_ended)
             self.last_error = f"the memory server at {self.address} went away"
             self._tell(logging.WARNING, f"smg: {self.last_error}; going on without it")
         connection.close()
 
-    def _sleep(self, seconds: float | None, fd: int | None = None) -> None:
-        """Until `close`, `seconds` are over, or `fd` (a life line) ends."""
+    def _copies_ended(self, identity: bytes) -> None:
+        """Of a former connection. Any thread, and wherever the collector runs."""
+        self._let_go.append(identity)
+        if not self._closing:
+            os.eventfd_write(self._wake, 1)
+
+    def _sleep(self, seconds: float | None, fd: int | None = None) -> bool:
+        """Until `close`, copies of a former connection have ended, `seconds` are over, or `fd` (a
+        life line) ends: whether that was it."""
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         if fd is not None and fd >= 0:
             poll.register(fd, select.POLLIN)
-        poll.poll(None if seconds is None else seconds * 1000)
+        ready = {found for found, _ in poll.poll(None if seconds is None else seconds * 1000)}
+        if self._wake in ready and not self._closing:
+            os.eventfd_read(self._wake)
+        return fd in ready

@@ -20,7 +20,7 @@ from smg_sglang.memory.namespace import Namespace
 from smg_sglang.memory.stats import Stats
 
 #: Raised whenever an old client and a new server would misunderstand each other.
-VERSION = 4
+VERSION = 5
 #: Longest message the server reads: a path of four million page keys.
 MAX_MESSAGE_BYTES = 64 << 20
 
@@ -36,6 +36,8 @@ class Hello(_Message, frozen=True):
 
     version: int
     namespace: Namespace
+    let_go: list[bytes] = []
+    """As in `LetGo`, where there is no connection to say it on."""
 
 
 class Welcome(_Message, frozen=True):
@@ -138,6 +140,18 @@ class Abandon(_OfReservation, frozen=True):
     """Give back reservation `reservation` unwritten; no reply; unknown is not an error."""
 
 
+class LetGo(_Message, frozen=True):
+    """Copies of these former connections of this process have ended: their pages may be given to
+    others; no reply; unknown is not an error."""
+
+    identities: list[bytes]
+
+
+class Goodbye(_Message, frozen=True):
+    """The life line will end, and no copy is under way: nothing of this connection is to be kept
+    for it; no reply."""
+
+
 class Leased(_Numbered, frozen=True):
     """`pages` (int64, little-endian) of path[start:start + n]; empty: a miss, nothing leased."""
 
@@ -213,7 +227,7 @@ Question: TypeAlias = (
     | GetStats
     | GetChanges
 )
-Notice: TypeAlias = Release | Touch | Publish | Abandon
+Notice: TypeAlias = Release | Touch | Publish | Abandon | LetGo | Goodbye
 Message: TypeAlias = Question | Notice
 Reply: TypeAlias = Leased | Reserved | Last | Places | Hinted | Ok | StatsReply | Changes | Refused
 

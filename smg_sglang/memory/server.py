@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import time
+from dataclasses import dataclass
 
 import msgspec
 import zmq
@@ -18,8 +19,9 @@ from smg_sglang.config import DEFAULT_EVICTION, DEFAULT_HINT_SHARE, EvictionName
 from smg_sglang.errors import ConfigError
 from smg_sglang.memory import protocol
 from smg_sglang.memory.address import Address, peer_uid
-from smg_sglang.memory.arena import create_memfd
+from smg_sglang.memory.arena import PageGeometry, create_memfd
 from smg_sglang.memory.books import Books, PageSizeRefused
+from smg_sglang.memory.departed import Departed, has_died, peer_process
 from smg_sglang.memory.desk import Desk
 from smg_sglang.memory.growth import Growth
 from smg_sglang.memory.pretouch import Pretouch
@@ -34,9 +36,20 @@ _BATCH = 64  # control messages handled before the other sockets get a look
 _LAST_WORDS = 10_000
 _HELLO_MAX_BYTES = 64 << 10
 _MAX_CLIENTS = 4096
+#: A process whose ended connections hold more than this part of the arena is not welcome.
+_KEPT_SHARE = 4
 
 #: What an embedded server writes to its parent once it accepts connections.
 READY = b"ready"
+
+
+@dataclass(slots=True)
+class _Client:
+    life: socket.socket
+    identity: bytes
+    pid: int
+    pidfd: int
+    said_goodbye: bool = False
 
 
 class MemoryServer:
@@ -66,7 +79,7 @@ class MemoryServer:
         self._refused = 0
         self._rare = RareLog(log)
         self._running = True
-        self._clients: dict[int, tuple[socket.socket, bytes]] = {}  # life fd -> socket, identity
+        self._clients: dict[int, _Client] = {}  # by life fd
         self._guests: dict[int, socket.socket] = {}  # accepted, no Hello yet
         self._known: dict[bytes, int] = {}  # identity -> life fd
         try:
@@ -83,6 +96,7 @@ class MemoryServer:
         )
         self._pretouch = Pretouch(self._arena_fd, host_bytes, may_grow) if pretouch else None
         self._desk = Desk(self.books, self.stats)
+        self._departed = Departed(self.books.connection_lost)
 
     def _open(self, host_bytes: int) -> None:
         """All that the kernel may refuse; closes what it opened if it does."""
@@ -128,6 +142,7 @@ class MemoryServer:
             malformed=self._malformed,
             strays=self._strays,
             refused=self._refused,
+            quarantined=sum(map(self.books.held_pages, self._departed.identities())),
         )
 
     def _step(self) -> None:
@@ -140,6 +155,8 @@ class MemoryServer:
                 self._end(source)
             elif source in self._guests:
                 self._welcome(source)
+            elif source in self._departed:
+                self._end_departed(source)
             elif source in self._stops:
                 self._running = False
 
@@ -165,10 +182,7 @@ class MemoryServer:
         guest = self._guests.pop(fd)
         self._poller.unregister(fd)
         try:
-            hello = protocol.decode_hello(guest.recv(_HELLO_MAX_BYTES))
-            _check_version(hello.version)
-            identity = b"c" + secrets.token_bytes(16)
-            geometry = self.books.connect(identity, hello.namespace)
+            client, geometry = self._admit(guest)
         except (msgspec.MsgspecError, OSError, ConfigError, PageSizeRefused) as error:
             self._refuse(guest, str(error))
             return
@@ -176,14 +190,36 @@ class MemoryServer:
             self._rare.warn("could not welcome a client", trace=True)
             self._refuse(guest, f"internal error: {error!r}")
             return
-        self._clients[fd] = (guest, identity)
-        self._known[identity] = fd
+        self._clients[fd] = client
+        self._known[client.identity] = fd
         self._poller.register(fd, zmq.POLLIN)
-        welcome = protocol.Welcome(identity, self.epoch, self._host_bytes, geometry)
+        welcome = protocol.Welcome(client.identity, self.epoch, self._host_bytes, geometry)
         try:
             socket.send_fds(guest, [protocol.encode(welcome)], [self._arena_fd])
         except OSError:
             self._end(fd)
+
+    def _admit(self, guest: socket.socket) -> tuple["_Client", PageGeometry]:
+        hello = protocol.decode_hello(guest.recv(_HELLO_MAX_BYTES))
+        _check_version(hello.version)
+        self._let_go(hello.let_go)
+        pid, pidfd = peer_process(guest)
+        try:
+            self._check_kept(pid)
+            identity = b"c" + secrets.token_bytes(16)
+            geometry = self.books.connect(identity, hello.namespace)
+        except BaseException:
+            os.close(pidfd)
+            raise
+        return _Client(guest, identity, pid, pidfd), geometry
+
+    def _check_kept(self, pid: int) -> None:
+        kept = sum(map(self.books.held_bytes, self._departed.identities(pid)))
+        if kept > self._host_bytes // _KEPT_SHARE:
+            raise ConfigError(
+                f"process {pid} holds {kept} bytes of connections that ended; it is welcome when "
+                "its copies have"
+            )
 
     def _refuse(self, guest: socket.socket, reason: str) -> None:
         self._refused += 1
@@ -196,11 +232,27 @@ class MemoryServer:
         """The life line ended (or broke the silence it promised)."""
         # What the client sent before it went comes first, as far as it has arrived.
         self._serve(_LAST_WORDS)
-        life, identity = self._clients.pop(fd)
+        client = self._clients.pop(fd)
         self._poller.unregister(fd)
-        del self._known[identity]
-        life.close()
-        self.books.connection_lost(identity)
+        del self._known[client.identity]
+        client.life.close()
+        self._departed.add(client.identity, client.pid, client.pidfd)
+        holds = self.books.held_pages(client.identity)
+        if client.said_goodbye or not holds or has_died(client.pidfd):
+            self._departed.end(client.pidfd)
+        else:
+            self._rare.warn(
+                f"process {client.pid} lives without its connection: {holds} pages stay its own"
+            )
+            self._poller.register(client.pidfd, zmq.POLLIN)
+
+    def _end_departed(self, pidfd: int) -> None:
+        self._poller.unregister(pidfd)
+        self._departed.end(pidfd)
+
+    def _let_go(self, identities: list[bytes]) -> None:
+        for pidfd in self._departed.named(identities):
+            self._end_departed(pidfd)
 
     # Control messages.
 
@@ -222,6 +274,12 @@ class MemoryServer:
             message = protocol.decode_message(_only_payload(frames))
         except (msgspec.MsgspecError, ValueError) as error:
             self._drop(str(error), data)
+            return
+        if isinstance(message, protocol.LetGo):
+            self._let_go(message.identities)
+            return
+        if isinstance(message, protocol.Goodbye):
+            self._clients[self._known[identity]].said_goodbye = True
             return
         reply = self._answer(identity, message)
         if reply is not None:
@@ -251,8 +309,10 @@ class MemoryServer:
     def _close(self) -> None:
         if self._pretouch:
             self._pretouch.stop()
-        for life, _ in self._clients.values():
-            life.close()
+        for client in self._clients.values():
+            client.life.close()
+            os.close(client.pidfd)
+        self._departed.close()
         for guest in self._guests.values():
             guest.close()
         self._listener.close()

@@ -75,6 +75,8 @@ class Stats(msgspec.Struct, frozen=True):
     """Messages of clients that were gone already, or never were."""
     refused: int
     """Connections that were turned away."""
+    quarantined_pages: int = 0
+    """Pages that connections hold which ended while their process lives (`departed`)."""
 
     #: Of all namespaces.
     pages_ready = _in_all("pages_ready")

@@ -29,6 +29,7 @@ from smg_sglang.metrics import (
     with_zeros,
 )
 from smg_sglang.tier.connections import BACKGROUND_TIMEOUT_S, Connections
+from smg_sglang.tier.ends import EndLayers
 from smg_sglang.tier.found import MAX_HELD, FoundLeases
 from smg_sglang.tier.hint_actions import KINDS
 from smg_sglang.tier.hints import OUTCOMES, HostHints
@@ -39,7 +40,6 @@ from smg_sglang.tier.ranks import ALONE, Ranks
 from smg_sglang.tier.spills import Spills
 from smg_sglang.tier.stored import Stored, stored_reading
 from smg_sglang.tier.trail import Trail
-from smg_sglang.tier.windows import WindowLayers
 from smg_sglang.transfer.copy_rates import measure_copies
 from smg_sglang.transfer.joint import JointMover
 from smg_sglang.transfer.layer_loads import LayerLoads
@@ -78,7 +78,7 @@ class HostTier:
         pool: DevicePool,
         *,
         layers: Sequence[int] = (),
-        windows: Sequence[WindowLayers] = (),
+        ends: Sequence[EndLayers] = (),
         ranks: Ranks = ALONE,
         forward_streams: Sequence[object] = (),
         before_copy: BeforeCopy | None = None,
@@ -87,7 +87,7 @@ class HostTier:
         Args:
             address: directory of the memory server's sockets.
             layers: the model's numbers of the pool's layers, where others have a pool of their own:
-                `windows`.
+                `ends`.
             forward_streams: CUDA streams whose work loads must come after.
             before_copy: test hook, called before each copy.
         """
@@ -101,7 +101,7 @@ class HostTier:
         self._arena: Arena | None = None
         self._host_pages = 0
         self.connections = Connections(address, namespace, self._timeout_s)
-        self.stored = None if windows else Stored.of(self.connections, config)
+        self.stored = None if ends else Stored.of(self.connections, config)
         self.trails: list[Trail] = []
         # Memory can be page-locked once only, and the streams' ring copies the same arenas.
         self.pins = ArenaPins()
@@ -111,31 +111,38 @@ class HostTier:
         mover = partial(make_mover, order_after=forward_streams, pins=self.pins, narrow=narrow)
         self._mover = mover(pool)
         self.layout = self._mover.layout
-        self._make_trails(mover, windows)
+        self._make_trails(mover, ends)
         movers = [self._mover, *(trail.mover for trail in self.trails)]
-        numbers = [layers, *(window.layers for window in windows)]
-        self._make_parts(JointMover(movers, numbers) if windows else self._mover)
+        numbers = [layers, *(end.layers for end in ends)]
+        self._make_parts(JointMover(movers, numbers) if ends else self._mover)
         self.ahead: LayerLoads | None = None
         if config.prefetch:
             # A mover is one loading thread's; the loads that a forward waits for have the first.
             self._ahead_mover = mover(pool)
             self.ahead = LayerLoads(self._ahead_mover, before_copy, paced=True)
 
-    def _make_trails(self, mover: Any, windows: Sequence[WindowLayers]) -> None:
+    def _make_trails(self, mover: Any, ends: Sequence[EndLayers]) -> None:
         full = self.connections.namespace
-        for number, window in enumerate(windows, 1):
-            window_mover = mover(window.pool, beside=self._mover)
-            layout = window_mover.layout
+        for number, end in enumerate(ends, 1):
+            # A rounded state would be a wrong one at every token that comes after it.
+            exact: dict[str, Any] = {"narrow": False} if end.kind == "state" else {}
+            end_mover = mover(end.pool, beside=self._mover, **exact)
+            layout = end_mover.layout
             mine = msgspec.structs.replace(
-                full, layout=f"window:{layout.describe()}", page_bytes=layout.page_bytes
+                full, layout=f"{end.kind}:{layout.describe()}", page_bytes=layout.page_bytes
             )
+            if end.kind == "state":  # each rank has its own, also where KV is alike
+                mine = msgspec.structs.replace(
+                    mine, dtype="state", tp_rank=self._ranks.rank, tp_size=self._ranks.size
+                )
             trail = Trail(
-                window_mover,
+                end_mover,
                 mine,
                 self.connections.address,
                 self.connections.mappings,
                 pool=number,
-                window=window.pages,
+                kind=end.kind,
+                window=end.pages,
                 timeout_s=self._timeout_s,
                 before_copy=self.before_copy,
             )
@@ -194,7 +201,8 @@ class HostTier:
 
     def fitting(self, rid: str, tail: bytes, pages: int) -> int:
         """How many pages a hit may have, at most `pages` of a path's tail that the other layers
-        have: as far as all layers with windows have their end of it. Leased for `rid`."""
+        have: as far as all layers with windows, and states, have their end of it. Leased for
+        `rid`."""
         while pages:
             path = tail[: pages * KEY_BYTES]
             least = min((trail.find(rid, path) for trail in self.trails), default=pages)
@@ -208,9 +216,12 @@ class HostTier:
 
         Args:
             slots, ends: device slots of the first pages found, and by pool those of the layers
-                with windows, of the last of these.
+                with windows or states, of the last of these.
         """
-        parts = [Part(trail.found.take(rid), ends[trail.pool], trail.pool) for trail in self.trails]
+        parts = [
+            Part(trail.found.take(rid), ends[trail.pool], trail.mover.layout.page_size, trail.pool)
+            for trail in self.trails
+        ]
         stored = self.stored.tokens_of(rid) if self.stored is not None else 0
         return self.load_backs.load(rid, slots, parts, stored)
 
@@ -346,11 +357,16 @@ class HostTier:
                 "layers": layout.num_layers, "bytes_a_token": layout.page_bytes // page
             }  # fmt: skip
         for trail in self.trails:
-            kinds["window"]["window_tokens"] = trail.window * page
+            if trail.kind == "state":
+                # One for all the tokens before it.
+                del kinds["state"]["bytes_a_token"]
+                kinds["state"]["bytes_a_checkpoint"] = trail.mover.layout.page_bytes
+            else:
+                kinds["window"]["window_tokens"] = trail.window * page
         return kinds
 
     def _kinds(self) -> list[tuple[str, PageLayout]]:
-        return [("full", self.layout), *(("window", t.mover.layout) for t in self.trails)]
+        return [("full", self.layout), *((t.kind, t.mover.layout) for t in self.trails)]
 
     def _memory_state(self, connection: MemoryConnection | None) -> dict[str, Any] | None:
         if connection is None:
@@ -403,6 +419,7 @@ class HostTier:
             "smg:leases": stats.leases,
             "smg:evicted_pages": stats.total.pages_evicted,
             "smg:short_pages": stats.total.pages_short,
+            "smg:quarantined_pages": stats.quarantined_pages,
             "smg:refused_messages": {
                 "malformed": stats.malformed,
                 "stray": stats.strays,

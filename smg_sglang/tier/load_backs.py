@@ -19,12 +19,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What one pool needs for a hit: device slots, int64 [n * page_size], and a lease on the host
+    """What one pool needs for a hit: device slots, int64 [n * page_slots], and a lease on the host
     pages for them; None where there are none."""
 
     lease: Lease | None
     slots: torch.Tensor
+    page_slots: int
     pool: int = 0
+
+    @property
+    def pages(self) -> int:
+        return int(self.slots.numel()) // self.page_slots
 
 
 class LoadBacks:
@@ -62,10 +67,10 @@ class LoadBacks:
 
         Args:
             slots: int64 [n * page_size] device slots, owned by the request until `finish`.
-            ends: what layers with windows need of the end of it.
+            ends: what layers with windows, and states, need of the end of it.
             from_storage: tokens that storage brought to host memory for this request.
         """
-        parts = [Part(self._found.take(rid), slots), *ends]
+        parts = [Part(self._found.take(rid), slots, self._page_size), *ends]
         leases = [part.lease for part in parts if part.lease is not None]
         if not all(self._is_there(part) for part in parts):
             self._release_all(leases)
@@ -89,13 +94,13 @@ class LoadBacks:
     def _is_there(self, part: Part) -> bool:
         """With several ranks all must decide alike. The mapping outlives the server, so that the
         bytes are right in either case; alone, we take the cautious way."""
-        if part.lease is None or len(part.lease.pages) * self._page_size < part.slots.numel():
+        if part.lease is None or len(part.lease.pages) < part.pages:
             return False
         return part.lease.held or not self._one_rank
 
     def _move(self, part: Part) -> PageMove:
         assert part.lease is not None
-        offsets = part.lease.offsets[: part.slots.numel() // self._page_size]
+        offsets = part.lease.offsets[: part.pages]
         return self.loads.mover.prepare_in(part.pool, part.slots, part.lease.arena.buffer, offsets)
 
     def _release_all(self, leases: Iterable[Lease]) -> None:

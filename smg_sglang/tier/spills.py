@@ -72,7 +72,7 @@ class Spills:
             background: the connection of the spill thread.
             writes: False where another rank writes the same bytes: nothing is copied here.
             max_waiting_pages: whose slots may be locked until they are copied.
-            trails: layers with windows, whose pages go with those of the others.
+            trails: layers with windows or states, whose pages go with those of the others.
             published: told of each path that was published, on the spill or the scheduler thread.
         """
         self._published = published
@@ -105,7 +105,7 @@ class Spills:
                 the completion is popped.
             own_slots: how many of them are not on the path of an earlier spill.
             ready: device events after which the slots hold the KV.
-            ends: by pool, what layers with windows have: page keys, and their slots.
+            ends: by pool, what layers with windows or states have: page keys, and their slots.
         """
         self.queue.submit(path, slots, ready, new_slots=own_slots)
         for trail in self._trails:

@@ -1,8 +1,10 @@
-"""What only the end of a prefix needs: the pages of a sliding window, found by their own keys.
+"""What only the end of a prefix needs: the pages of a sliding window, or the one page of a state,
+found by their own keys.
 
-Layers with a window read the newest tokens only, so that of a prompt of any length only its last
-pages are kept, and at other places those where some request ended or was cut. They are no tree, as
-their parents are not there: host memory has them as single pages.
+Layers with a window read the newest tokens only, and a state (Mamba, linear attention) is that of
+one place: of a prompt of any length only what its end needs is kept, and at other places where some
+request ended or was cut. They are no tree, as their parents are not there: host memory has them as
+single pages.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ _Written = tuple[MemoryConnection, Places]
 
 
 class Trail:
-    """The window layers of one worker. Scheduler thread only.
+    """The window layers of one worker, or those with states. Scheduler thread only.
 
     Attributes:
         pool: which of the joint mover's pools these layers are.
+        kind: `window` or `state`.
         window: pages before the end of a prefix that they need.
         found: what was found for requests that wait.
         spills: pages on their way to host memory, by their keys.
@@ -45,6 +48,7 @@ class Trail:
         mappings: ArenaMappings,
         *,
         pool: int,
+        kind: str,
         window: int,
         timeout_s: float,
         before_copy: BeforeCopy | None = None,
@@ -54,6 +58,7 @@ class Trail:
             namespace: of these layers' pages.
         """
         self.pool = pool
+        self.kind = kind
         self.window = window
         self.mover = mover
         self.connections = Connections(address, namespace, timeout_s, mappings)

@@ -1,4 +1,4 @@
-"""Loads into several pools whose layers together are a model's: full attention, and windows."""
+"""Loads into several pools whose layers together are a model's: full attention, windows, states."""
 
 from __future__ import annotations
 
@@ -15,24 +15,22 @@ from smg_sglang.transfer.mover import Mark, Mover, PageMove
 class JointMover(Mover):
     """Pool 0 is the one that `prepare` and `spill` are about; the others have movers of their own.
 
-    Layers are those of the model: each belongs to one pool, and a forward waits for it whichever
-    that is. On CUDA the movers share a stream (`CudaMover`, ``beside``), so that a layer's mark
-    covers all before it.
+    Layers are those of the model: each belongs to one pool, or to two (attention beside a state in
+    one layer) or to none (an MLP alone), and a forward waits for it whichever that is. On CUDA the
+    movers share a stream (`CudaMover`, ``beside``), so that a layer's mark covers all before it.
     """
 
     def __init__(self, movers: Sequence[Mover], layers: Sequence[Sequence[int]]) -> None:
         """layers: for each pool the model's numbers of its layers, in its own order."""
         super().__init__(movers[0].pool)
         self._movers = list(movers)
-        self._place = {
-            layer: (pool, at) for pool, mine in enumerate(layers) for at, layer in enumerate(mine)
-        }
-        if sorted(self._place) != list(range(sum(map(len, layers)))):
-            raise ValueError("each layer of the model must be in one pool")
+        self._place = [{layer: at for at, layer in enumerate(mine)} for mine in layers]  # by pool
+        if any(len(place) != len(mine) for place, mine in zip(self._place, layers, strict=True)):
+            raise ValueError("a pool has a layer of the model twice")
 
     @property
     def num_layers(self) -> int:
-        return len(self._place)
+        return 1 + max(layer for place in self._place for layer in place)
 
     def bytes_of(self, moves: Sequence[PageMove]) -> int:
         return sum(self._movers[move.pool].bytes_of([move]) for move in moves)
@@ -50,9 +48,9 @@ class JointMover(Mover):
 
     def load_layers(self, layers: range, move: PageMove) -> None:
         for layer in layers:
-            pool, at = self._place[layer]
-            if pool == move.pool:
-                self._movers[pool].load_layers(range(at, at + 1), move)
+            at = self._place[move.pool].get(layer)
+            if at is not None:
+                self._movers[move.pool].load_layers(range(at, at + 1), move)
 
     def load_groups(self, moves: Sequence[PageMove]) -> list[range]:
         return [range(layer, layer + 1) for layer in range(self.num_layers)]

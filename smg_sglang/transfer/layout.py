@@ -143,6 +143,27 @@ class DevicePool:
         """From ``MLATokenToKVPool.kv_buffer``: per layer [slots, 1, kv_lora_rank + rope_dim]."""
         return cls({"kv": kv_buffer}, page_size, dtype)
 
+    @classmethod
+    def states(cls, tensors: Mapping[str, torch.Tensor]) -> DevicePool:
+        """From ``MambaPool.mamba_cache``: per part one tensor [layers, slots, ...] of any dtype.
+
+        A slot is the state of a whole prefix and not a token of it, and a page is one slot. The
+        layout's dtype is uint8; what the bytes mean is in the names of the parts.
+
+        Raises:
+            ConfigError: a tensor whose slots are not contiguous, or no tensor that has any bytes.
+        """
+        parts = {}
+        for name, tensor in tensors.items():
+            if not tensor.numel():
+                continue  # LFM2's states have no temporal part
+            if not tensor.is_contiguous():
+                raise ConfigError(f"states {name} are strided {tensor.stride()}")
+            layers, slots = tensor.shape[:2]
+            rows = tensor.view(layers, slots, -1).view(torch.uint8)
+            parts[f"{name}:{tensor.dtype}".replace("torch.", "")] = list(rows.unsqueeze(2))
+        return cls(parts, 1)
+
 
 def _check(tensor: torch.Tensor, like: torch.Tensor, name: str) -> None:
     if tensor.dim() != 3:

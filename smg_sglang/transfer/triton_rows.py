@@ -95,6 +95,8 @@ def move_rows(
     unit: int,
     programs: int,
     to_arena: bool,
+    tile_words: int = TILE_WORDS,
+    warps: int = 4,
 ) -> None:
     """Copy some buffers of some pages in one launch, on the current stream.
 
@@ -106,10 +108,11 @@ def move_rows(
         row_bytes: of each buffer.
         unit: bytes accessed at once: 16, 8, 4, 2 or 1; divides every address and ``row_bytes``.
         programs: how many to launch.
+        tile_words, warps: of each program; others than these are for `bench/copy_candidates.py`.
     """
     word = WORDS[unit]
     row_words = row_bytes * 8 // word.primitive_bitwidth
-    words_per_tile = min(triton.next_power_of_2(row_words), TILE_WORDS)
+    words_per_tile = min(triton.next_power_of_2(row_words), tile_words)
     _move_tiles[(programs,)](
         table,
         slots,
@@ -120,7 +123,8 @@ def move_rows(
         unit=unit,
         row_words=row_words,
         page_size=page_size,
-        rows_per_tile=TILE_WORDS // words_per_tile,
+        rows_per_tile=tile_words // words_per_tile,
         words_per_tile=words_per_tile,
         to_arena=to_arena,
+        num_warps=warps,
     )

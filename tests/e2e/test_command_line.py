@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from tests.e2e.conftest import nothing_left_behind
+from tools.models import RECIPES
+from tools.models.recipe import random_model
 
 
 def launch(*args):
@@ -47,3 +49,11 @@ def test_a_model_with_windows_refuses_what_does_not_know_of_them(tiny_model, tmp
     assert end.returncode == 2, end.stderr[-2000:]
     assert "smg: models with sliding-window layers cannot be served with" in end.stderr
     assert "--smg-write-policy write_back" in end.stderr
+
+
+def test_a_model_with_states_refuses_what_does_not_know_of_them():
+    with nothing_left_behind():
+        end = launch(str(random_model(RECIPES["hybrid"])), "--enable-smg", "--smg-stream-context")
+    assert end.returncode == 2, end.stderr[-2000:]
+    assert "smg: models with Mamba or linear-attention layers cannot be served with" in end.stderr
+    assert "--smg-stream-context" in end.stderr

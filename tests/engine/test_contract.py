@@ -6,6 +6,7 @@ depends on what changed.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import pickle
 import pkgutil
@@ -13,13 +14,15 @@ import re
 
 import pytest
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import MatchResult
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, InsertResult, MatchResult
 from sglang.srt.mem_cache.unified_cache import unified_cache_linker
 
 from smg_sglang.engine.cache.linker import SmgLinker, device_pool, has_latents
 from smg_sglang.engine.cache.linker_wrapper import SmgLinkerWrapper
 from smg_sglang.engine.cache.radix_cache import SmgRadixCache
 from smg_sglang.errors import ConfigError
+from smg_sglang.transfer.movers import make_mover
+from tests.transfer import worlds
 
 from .contract import needed_by
 
@@ -269,6 +272,43 @@ def test_a_linker_is_built_with_these_keywords():
     assert set(inspect.signature(SmgLinker).parameters) == {"server_args", "params"} | passed
 
 
+@needed_by("engine/cache/linker.py (full_layers, state_layers)")
+def test_pools_of_states_say_which_layers_they_have_and_where_their_bytes_are():
+    from sglang.srt.mem_cache import memory_pool
+
+    hybrid = inspect.getsource(memory_pool.HybridLinearKVPool)
+    assert "self.full_attention_layer_id_mapping" in hybrid and "self.full_kv_pool" in hybrid
+    requests = inspect.getsource(memory_pool.HybridReqToTokenPool)
+    for name in ("mamba_pool", "mamba_map", "mamba_ckpt_pool"):
+        assert f"self.{name}" in requests
+    assert hasattr(memory_pool.HybridReqToTokenPool, "register_layer_transfer_counter")
+    fields = {field.name for field in dataclasses.fields(memory_pool.MambaPool.State)}
+    assert {name for name in fields if not name.startswith("replayssm_")} == {"conv", "temporal"}
+    assert memory_pool.MambaPool._slot_siblings == ()
+
+
+@needed_by("engine/cache/linker_wrapper.py (spill_state)")
+def test_a_node_that_host_memory_has_is_not_offered_again():
+    from sglang.srt.mem_cache.unified_cache import unified_tree_core_interface as interface
+
+    core = interface.UnifiedTreeCoreInterface
+    for name in ("build_external_linker_offload_transfers", "get_component_device_value"):
+        assert hasattr(core, name)
+    assert "mamba_exist" in {f.name for f in dataclasses.fields(InsertResult)}
+    assert "mamba_value" in {f.name for f in dataclasses.fields(InsertParams)}
+
+
+@needed_by("engine/cpu/convolutions.py")
+def test_convolutions_ask_for_triton_by_these_names():
+    from sglang.srt.layers.attention.mamba import causal_conv1d
+
+    for function, kernel in (
+        (causal_conv1d.causal_conv1d_fn, "_causal_conv1d_fn_triton("),
+        (causal_conv1d.causal_conv1d_update, "_causal_conv1d_update_triton("),
+    ):
+        assert kernel in inspect.getsource(function)
+
+
 @needed_by("engine/cache/radix_cache.py")
 def test_records_have_the_fields_we_fill():
     assert unified_cache_linker._PendingOffload._fields == (
@@ -390,6 +430,34 @@ def test_a_pool_with_scales_of_each_token_is_refused():
         device_pool(pool, PAGE)
 
 
+@needed_by("engine/cache/linker.py (_sparse_pool)")
+def test_index_keys_go_with_the_latents_of_their_page():
+    """DeepSeek-V3.2's pool, whose kernels want a GPU: its layout and copies on a CPU."""
+    from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
+
+    page = 64
+    options = {
+        "size": 6 * page, "page_size": page, "dtype": torch.bfloat16, "layer_num": 2,
+        "kv_lora_rank": 32, "qk_rope_head_dim": 8, "kv_cache_dim": 40, "index_head_dim": 128, "index_buf_size": 6 * page,
+        "device": "cpu", "enable_memory_saver": False,
+    }  # fmt: skip
+    sglang = DSATokenToKVPool(**options)
+    pool = device_pool(sglang, page)
+    assert has_latents(sglang)
+    assert pool.layout.page_bytes == 2 * page * (40 * 2 + 128 + 4)
+    for tensor in (*sglang.kv_buffer, *sglang.index_k_with_scale_buffer):
+        tensor.view(torch.uint8).random_(0, 256)
+    index = [buffer.clone() for buffer in sglang.index_k_with_scale_buffer]
+    slots = torch.arange(2 * page, 4 * page)
+    arena, offsets = worlds.make_arena(pool, 2)
+    worlds.round_trip(pool, make_mover(pool), slots, slots + page, arena, offsets)
+    for layer, before in enumerate(index):
+        # Pages 2 and 3 came back as pages 3 and 4: keys and scales of each as they were.
+        assert torch.equal(sglang.index_k_with_scale_buffer[layer][3:5], before[2:4])
+    with pytest.raises(ConfigError, match="a key for each token"):
+        device_pool(DSATokenToKVPool(**options, skip_topk_layers=[False, True]), page)
+
+
 @needed_by("engine/cache/linker.py (has_latents)")
 def test_a_pool_of_latents_is_rows_of_one_part():
     from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
@@ -413,12 +481,12 @@ def test_our_classes_override_what_sglang_has():
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
     added = {"tier", "host_tier", "spill_before_eviction", "_path", "_path_slots"}
-    added |= {"_pending", "before_retraction", "spill_retracted", "release_finished"}
+    added |= {"_submit", "before_retraction", "spill_retracted", "release_finished"}
     added |= {"_abc_impl", "streams", "_stream", "_has_failed"}
     added |= {"prefetch", "prefetch_waiting", "tree_evictable_size"}
     added |= {"_fitting", "_spill_window", "prefix_waits", "wait_for_prefix", "host_events"}
-    added |= {"_find", "waits_for_storage"}
     added |= {"hints", "take_kv_hints", "_evict_demoted"}
+    added |= {"_find", "waits_for_storage", "spill_state"}
     added |= {"internal_state", "on_weight_update", "least_of_ranks"}
     for ours, theirs in (
         (SmgRadixCache, UnifiedRadixCache),

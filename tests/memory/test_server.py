@@ -117,7 +117,7 @@ def test_a_client_that_is_gone_leaves_no_lease_and_no_page_behind(running, conne
     doomed.lookup(make_path(1), 0, 5)
     doomed.reserve(fresh_path(5), 5)
     assert connection.stats(5).pages_writing == 5
-    doomed._channel._life.close()  # as a kill would
+    doomed.close()
     eventually(lambda: connection.stats(5).connections == 1)
     stats = connection.stats(5)
     assert (stats.leases, stats.reservations, stats.pages_writing) == (0, 0, 0)

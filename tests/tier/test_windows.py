@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from smg_sglang.config import SmgConfig
+from smg_sglang.tier.ends import EndLayers
 from smg_sglang.tier.host_tier import HostTier
-from smg_sglang.tier.windows import WindowLayers
 from smg_sglang.transfer.layout import DevicePool
 from tests.engine.caches import namespace_of
 from tests.memory.conftest import RunningServer
@@ -29,7 +29,7 @@ class World:
             namespace_of(self.full.layout),
             self.full,
             layers=[0, 2],
-            windows=[WindowLayers(self.window, [1], WINDOW)],
+            ends=[EndLayers(self.window, [1], WINDOW)],
         )
         for connections in self.tier._all_connections:
             assert connections._pair.scheduler.wait(5)

@@ -3,8 +3,12 @@
 Shows that the right bytes are asked for; ordering on a device is for tests/gpu.
 """
 
+import os
 import re
+import subprocess
+import tempfile
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,10 +56,11 @@ SHAPES = [
     {"kind": "mha", "heads": 3, "dim": 64},
     {"kind": "mha", "heads": 1, "dim": 5, "v_dim": 3},
     {"kind": "mla", "dim": 72},
+    {"kind": "states"},
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["tp1", "odd", "mla"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["tp1", "odd", "mla", "states"])
 @pytest.mark.parametrize("pinned", [True, False])
 @pytest.mark.parametrize("scattered", [True, False])
 def test_pages_come_back_byte_for_byte(driver, shape, pinned, scattered):
@@ -76,6 +81,37 @@ def test_pages_come_back_byte_for_byte(driver, shape, pinned, scattered):
     worlds.round_trip(pool, mover, slots, back_to, arena, offsets)
     mover.close()
     assert not driver.registered
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["tp1", "odd", "mla", "states"])
+def test_other_ways_to_copy_move_the_same_bytes(driver, shape):
+    """Those of `bench/copy_candidates.py`, in several chunks where they have a buffer."""
+    from bench.copy_candidates import StagedMover, candidates
+    from smg_sglang.transfer.pinning import ArenaPins
+
+    pool = worlds.make_pool(**shape, layers=2, page_size=4, slots=65)
+    pins = ArenaPins()
+    made = {name: make() for name, make in candidates(pool, pins).items()}
+    made["three pages at once"] = StagedMover(
+        pool, staged_bytes=3 * pool.layout.page_bytes, shared_pins=pins
+    )
+    assert len(made) == 7
+    page = pool.layout.page_size
+    pages = min(7, pool.num_slots // page)
+    for seed, mover in enumerate(made.values()):
+        pool = worlds.make_pool(**shape, layers=2, page_size=4, slots=65, seed=seed)
+        for mine, fresh in zip(mover.pool.rows, pool.rows, strict=True):
+            for rows, other in zip(mine, fresh, strict=True):
+                rows.copy_(other)
+        arena, offsets = worlds.make_arena(pool, pages, gap=2)
+        mover.pin(arena)
+        assert mover.wait_pinned(arena)
+        slots = worlds.page_slots(pool, pages)
+        back_to = worlds.page_slots(pool, pages, seed=5)
+        worlds.round_trip(mover.pool, mover, slots, back_to, arena, offsets)
+        mover.unpin(arena)
+        mover.close()
+    pins.close()
 
 
 def test_what_the_driver_refuses_to_lock_is_staged(driver, monkeypatch):
@@ -122,6 +158,26 @@ def test_batches_that_only_enqueue_need_no_thread_but_never_overtake_one(driver)
 )
 def test_the_kernel_compiles_for_hopper_without_a_gpu(unit, row_words, access, to_arena):
     """To accesses as wide as addresses allow, on both sides."""
+    compiled = compile_for_hopper(unit, row_words, to_arena=to_arena)
+    accesses = set(re.findall(r"(ld|st)\.global\.([\w.]+)", compiled.asm["ptx"]))
+    # Numbers of slots and pages are read one by one.
+    assert accesses == {("ld", "b64"), ("ld", access), ("st", access)}
+
+
+@pytest.mark.parametrize(("tile_words", "warps"), [(2048, 4), (1024, 4), (4096, 8)])
+@pytest.mark.parametrize("to_arena", [True, False])
+def test_no_tile_spills_registers(tile_words, warps, to_arena):
+    """What ptxas says of the kernel, and of the tiles that `bench/copy_candidates.py` tries."""
+    compiled = compile_for_hopper(
+        16, 256, to_arena=to_arena, tile_words=tile_words, num_warps=warps
+    )
+    said = ptxas_report(compiled.asm["ptx"])
+    assert re.search(r"0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", said), said
+    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    assert registers * 32 * warps <= 65536 // 4, "room for other blocks on an SM"
+
+
+def compile_for_hopper(unit, row_words, *, to_arena, tile_words=None, **options):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -132,18 +188,29 @@ def test_the_kernel_compiles_for_hopper_without_a_gpu(unit, row_words, access, t
     numbers = {"table": "*i64", "slots": "*i64", "pages": "*i64", "num_rows": "i32", "num_tokens": "i32"}  # fmt: skip
     constants = {
         "word": WORDS[unit], "unit": unit, "row_words": row_words, "page_size": 16,
-        "rows_per_tile": TILE_WORDS // width, "words_per_tile": width, "to_arena": to_arena,
+        "rows_per_tile": (tile_words or TILE_WORDS) // width, "words_per_tile": width,
+        "to_arena": to_arena,
     }  # fmt: skip
     source = ASTSource(
         fn=_move_tiles,
         signature=numbers | dict.fromkeys(constants, "constexpr"),
         constexprs={(len(numbers) + i,): value for i, value in enumerate(constants.values())},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert "cubin" in compiled.asm
-    accesses = set(re.findall(r"(ld|st)\.global\.([\w.]+)", compiled.asm["ptx"]))
-    # Numbers of slots and pages are read one by one.
-    assert accesses == {("ld", "b64"), ("ld", access), ("st", access)}
+    return compiled
+
+
+def ptxas_report(ptx):
+    """Triton brings the assembler."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name", "sm_90a", "-o", os.devnull, source]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stderr
 
 
 @pytest.fixture

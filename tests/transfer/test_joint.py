@@ -67,13 +67,37 @@ def test_requests_of_one_batch_are_joined_by_pool():
     loads.close()
 
 
-def test_a_layer_in_no_pool_is_refused():
-    world = World()
-    with pytest.raises(ValueError, match="each layer"):
-        JointMover(world.movers, [[0, 3], [1, 4, 5]])
-
-
 def test_a_pool_that_is_not_there_is_refused():
     world = World()
     with pytest.raises(ValueError, match="no pool 1"):
         world.movers[0].prepare_in(1, world.slots[0], *world.host[0])
+
+
+def test_a_layer_may_have_two_pools_or_none():
+    """Attention beside a state in layer 1, an MLP alone in layer 2."""
+    pools = [worlds.make_pool(layers=2, heads=2, dim=8, page_size=4) for _ in range(2)]
+    joint = JointMover([make_mover(pool) for pool in pools], [[0, 1], [1, 3]])
+    assert joint.num_layers == 4
+    slots = worlds.page_slots(pools[0], 2)
+    moves = []
+    for number, pool in enumerate(pools):
+        arena, offsets = worlds.make_arena(pool, 2)
+        move = joint.prepare_in(number, slots, arena, offsets)
+        joint.spill(move)
+        worlds.clear(pool)
+        moves.append(move)
+
+    def loaded(number, at):
+        return bool(pools[number].rows[at][0][slots].any())
+
+    joint.load_layers(range(0, 1), moves[0])
+    assert (loaded(0, 0), loaded(0, 1)) == (True, False)
+    for move in moves:
+        joint.load_layers(range(1, 3), move)
+    assert (loaded(0, 1), loaded(1, 0), loaded(1, 1)) == (True, True, False)
+
+
+def test_a_pool_has_a_layer_once():
+    pools = [worlds.make_pool(layers=2, heads=2, dim=8, page_size=4) for _ in range(2)]
+    with pytest.raises(ValueError, match="twice"):
+        JointMover([make_mover(pool) for pool in pools], [[0, 0], [1, 2]])

@@ -68,3 +68,21 @@ def test_bytes_may_be_named_as_the_dtype_they_mean():
 def test_a_pool_it_cannot_copy_is_refused(parts, page_size, message):
     with pytest.raises(ConfigError, match=message):
         DevicePool(parts, page_size)
+
+
+def test_a_state_is_a_page_of_its_own_of_all_its_parts():
+    conv = torch.zeros(3, 5, 24, 3, dtype=torch.bfloat16)
+    temporal = torch.zeros(3, 5, 2, 8, 4)
+    pool = DevicePool.states({"conv0": conv, "temporal": temporal, "none": torch.zeros(3, 5, 0)})
+    assert (pool.num_slots, pool.layout.page_size, pool.layout.num_layers) == (5, 1, 3)
+    assert pool.layout.page_bytes == 3 * (24 * 3 * 2 + 2 * 8 * 4 * 4)
+    assert "conv0:bfloat16" in pool.layout.describe()
+    assert "temporal:float32" in pool.layout.describe()
+    pool.rows[1][1][4] = 255
+    assert temporal[1, 4].view(torch.uint8).min() == 255, "rows are views of the pool"
+    assert not temporal[1, 3].any()
+
+
+def test_strided_states_are_refused():
+    with pytest.raises(ConfigError, match="strided"):
+        DevicePool.states({"conv0": torch.zeros(3, 5, 24, 3).transpose(2, 3)})

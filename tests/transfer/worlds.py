@@ -18,11 +18,23 @@ def make_pool(kind="mha", *, layers=3, heads=2, dim=8, v_dim=None, slots=64, pag
         raw = rng.integers(0, 256, (slots, heads, dim * itemsize), dtype=np.uint8)
         return torch.from_numpy(raw).view(dtype).to(device)
 
+    if kind == "states":
+        return make_states(layers=layers, slots=slots, device=device, seed=seed)
     if kind == "mla":
         return DevicePool.mla([tensor(1, dim) for _ in range(layers)], page_size)
     keys = [tensor(heads, dim) for _ in range(layers)]
     values = [tensor(heads, v_dim or dim) for _ in range(layers)]
     return DevicePool.mha(keys, values, page_size)
+
+
+def make_states(*, layers=2, slots=8, temporal=(2, 48, 64), device="cpu", seed=0):
+    """States as SGLang's MambaPool has them: a convolution in bfloat16, an SSM in float32, and a
+    part of no bytes."""
+    torch.manual_seed(seed)
+    conv = torch.randn(layers, slots, 24, 3).to(torch.bfloat16).to(device)
+    ssm = torch.randn(layers, slots, *temporal).to(device)
+    empty = torch.zeros(layers, slots, 0, 4)
+    return DevicePool.states({"conv0": conv, "temporal": ssm, "none": empty})
 
 
 def make_arena(pool, pages, *, gap=0, start=0, seed=1):

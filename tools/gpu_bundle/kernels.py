@@ -72,8 +72,12 @@ def sglang_kernels(out: Path) -> None:
         concat_mla._jit_concat_mla_absorb_q_module,
         lambda: kvcache.can_use_store_cache(row),
         lambda: set_mla_kv_buffer.set_mla_kv_buffer_module(1024, 128, True),
-        lambda: hicache.can_use_hicache_jit_kernel(element_size=row),
-        lambda: hicache._jit_hicache_tma_module(block_quota=2),
+        lambda: hicache._jit_hicache_tma_module(block_quota=hicache.TMA_BLOCK_QUOTA),
+        lambda: hicache._jit_hicache_module(  # where a page is no multiple of the other's chunks
+            element_size=row,
+            unroll=hicache._default_unroll(row),
+            block_quota=hicache.DEFAULT_BLOCK_QUOTA,
+        ),
     ]
     loader._load = _Copied(out)  # its tvm module would want a driver
     for build in builds:

@@ -13,6 +13,7 @@ WHEELS = (
     "nvidia-nvvm==13.0.*",
     "nvidia-cuda-runtime==13.0.*",
     "nvidia-cuda-cccl==13.0.*",
+    "nvidia-curand==10.4.0.*",  # headers, which FlashInfer's sampling includes
 )
 #: Of a driver, below the folder that the wheels are unpacked in.
 STUBS = Path("nvidia/cu13/lib/stubs")

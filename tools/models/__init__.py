@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from tools.models import dense, mla, swa
+from tools.models import dense, hybrid, mla, swa
 from tools.models.recipe import Recipe
 
 RECIPES: dict[str, Recipe] = {
     "dense": dense.Recipe("float32"),
+    "hybrid": hybrid.Recipe("float32", hidden=256),
     "mla": mla.Recipe("float32", latent=128, nope=64, value=64),
     "swa": swa.Recipe("float32"),
 }

@@ -165,7 +165,8 @@ class CacheHints:
 
     def _retain(self, hint: Hint, prompt: Prompt, path: bytes) -> str:
         if self._tier.trails:
-            # A hit needs the end of what layers with windows keep, too, which goes by itself.
+            # A hit needs the end of what layers with windows or states keep, too, which goes by
+            # itself.
             return self._tier.hints.count(RETAIN, "unsupported")
         tenant = tenant_of(prompt.cache_salt)
         if hint.session is not None:

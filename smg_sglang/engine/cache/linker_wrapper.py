@@ -12,7 +12,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
     _PendingOffload,
 )
 
-from smg_sglang.engine.cache.linker import POOLS, SmgLinker
+from smg_sglang.engine.cache.linker import SmgLinker
 from smg_sglang.engine.paths import page_path
 from smg_sglang.tree.page_keys import KEY_BYTES, keys_from_hex
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from smg_sglang.engine.cache.radix_cache import SmgRadixCache
     from smg_sglang.tier.host_tier import HostTier
+    from smg_sglang.tier.spills import Ends
     from smg_sglang.tier.trail import Trail
 
 
@@ -33,6 +34,9 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
     def __init__(self, cache: SmgRadixCache, cache_linker: SmgLinker) -> None:
         super().__init__(cache, cache_linker)
         self.tier: HostTier = cache_linker.tier
+        trails = self.tier.trails
+        self._window = max([0, *(trail.window for trail in trails if trail.kind == "window")])
+        self._has_states = any(trail.kind == "state" for trail in trails)
         self.waiting: set[str] = set()
         """Requests, by id, that wait for what storage brings to host memory."""
         # How often a node is inserted before the tree core asks for its spill. For write-back it
@@ -70,8 +74,8 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
         return result._replace(
             last_host_node=result.best_match_node,
             host_hit_length=pages * self.cache.page_size,
-            swa_host_hit_length=max([0, *(min(pages, t.window) for t in self.tier.trails)])
-            * self.cache.page_size,
+            swa_host_hit_length=min(pages, self._window) * self.cache.page_size,
+            mamba_host_hit_length=int(self._has_states),
         )
 
     def _find(self, rid: str, path: bytes, start: int) -> int:
@@ -92,8 +96,8 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
         return pages
 
     def _fitting(self, rid: str, tail: bytes, pages: int) -> int:
-        """Of a hit of so many pages as much as layers with windows have the end of, on all ranks:
-        what one can restore is sparse, so a shorter hit is looked for again."""
+        """Of a hit of so many pages as much as layers with windows, or states, have the end of, on
+        all ranks: what one can restore is sparse, so a shorter hit is looked for again."""
         while pages and self.tier.trails:
             (least,) = self.cache.least_of_ranks(self.tier.fitting(rid, tail, pages))
             if least == pages:
@@ -108,29 +112,48 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
     # ---- offload: a node and what its ancestors lack ----
 
     def _offload_node(self, node_id: int, transfers: list[Any]) -> None:
-        """Spill a node; its ancestors' slots go along, in case the host level has lost them.
-
-        The lock on the node keeps the whole path on the device until the copy has ended.
-        """
+        """Spill a node; its ancestors' slots go along, in case the host level has lost them."""
         full, *others = transfers
+        ends = {
+            pool: (keys_from_hex(each.keys), each.device_indices.to(torch.int64))
+            for pool, each in self.cache_linker.by_number(others).items()
+        }
+        lock = self._submit(node_id, full.device_indices.numel(), ends)
+        self.cache.tree_core.mark_external_linker_offload_pending(node_id)
+        self.pending_offloads.append(_PendingOffload(node_id, lock, [node_id]))
+
+    def spill_state(self, node_id: int) -> None:
+        """A node was given a state. Where host memory has the node (a prompt that parts from
+        others there), SGLang does not spill it again, so that its state is spilled here."""
+        core = self.cache.tree_core
+        if core.build_external_linker_offload_transfers(node_id) is not None:
+            return  # it is yet to be spilled
+        if any(node_id == pending.lock_node_id for pending in self.pending_offloads):
+            return  # it is on its way, with its state
+        state = core.get_component_device_value(node_id, ComponentType.MAMBA)
+        if state is None:
+            return
+        (pool,) = (trail.pool for trail in self.tier.trails if trail.kind == "state")
+        end = keys_from_hex(core.get_hash_values(node_id)[-1:])
+        lock = self._submit(node_id, 0, {pool: (end, state.to(torch.int64))})
+        self.pending_offloads.append(_PendingOffload(node_id, lock, []))
+
+    def _submit(self, node_id: int, own_slots: int, ends: Ends) -> Any:
+        """The lock on the node, which is returned, keeps the whole path on the device until the
+        copy has ended."""
         lock = self.cache.inc_lock_ref(node_id).to_dec_params()
         try:
             self.tier.spills.submit(
                 self._path(node_id),
                 self._path_slots(node_id),
-                own_slots=full.device_indices.numel(),
+                own_slots=own_slots,
                 ready=self.cache_linker.spill_events(),
-                ends={POOLS[t.name]: (keys_from_hex(t.keys), t.device_indices) for t in others},
+                ends=ends,
             )
         except BaseException:
             self.cache.dec_lock_ref(node_id, lock)
             raise
-        self.cache.tree_core.mark_external_linker_offload_pending(node_id)
-        self.pending_offloads.append(self._pending(node_id, lock))
-
-    @staticmethod
-    def _pending(node_id: int, lock: Any) -> Any:
-        return _PendingOffload(node_id, lock, [node_id])
+        return lock
 
     def spill_before_eviction(self, node_id: int) -> None:
         """Write-back: copy a leaf, and what the host level lacks above it, before its slots go."""
@@ -139,6 +162,8 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
     def spill_retracted(self, req: Any) -> None:
         """Copy the whole pages of a request that is about to lose its slots, so that it is a host
         hit when it resumes. The tree is left alone: its locks would keep memory that is wanted now.
+        A state is not copied, since it may be that of a token that is not known yet: the request
+        goes on from its newest checkpoint.
         """
         req.refresh_fill_ids()
         # The KV of the newest token may still be on its way.
@@ -151,7 +176,8 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
         row = self.cache.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : len(tokens)]
         self.tier.spills.spill_now(path, row.to(torch.int64))
         for trail in self.tier.trails:
-            self._spill_window(req, trail, path, row)
+            if trail.kind == "window":
+                self._spill_window(req, trail, path, row)
 
     def _spill_window(self, req: Any, trail: Trail, path: bytes, row: torch.Tensor) -> None:
         """The end of a request for layers with windows, unless it has left the device in part."""

@@ -28,7 +28,12 @@ from smg_sglang.engine.streams.stream import Stream
 from smg_sglang.engine.streams.table import Streams, activate
 
 if TYPE_CHECKING:
-    from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult
+    from sglang.srt.mem_cache.base_prefix_cache import (
+        EvictParams,
+        EvictResult,
+        InsertParams,
+        InsertResult,
+    )
 
     from smg_sglang.tier.host_tier import HostTier
 
@@ -61,6 +66,13 @@ class SmgRadixCache(UnifiedRadixCache):
         self.hints = CacheHints(self, cache_linker.tier)
         if self.tree_core.kv_events.enabled:
             self.host_events = HostEvents(cache_linker.tier, self.page_size)
+
+    def insert(self, params: InsertParams) -> InsertResult:
+        result: InsertResult = super().insert(params)
+        is_new = params.mamba_value is not None and not result.mamba_exist
+        if is_new and isinstance(self.linker, SmgLinkerWrapper):
+            self.linker.spill_state(result.last_device_node)
+        return result
 
     def reset(self) -> None:
         if self.hints is not None:

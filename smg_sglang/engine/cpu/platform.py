@@ -16,7 +16,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 from smg_sglang.box import box_memory
-from smg_sglang.engine.cpu import cores
+from smg_sglang.engine.cpu import convolutions, cores
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,9 @@ class SmgCpuPlatform(CpuDeviceMixin, SRTPlatform):
         _choose_binding(server_args)
 
     def init_backend(self) -> None:
-        """In each worker, before anything is computed: one thread a usable core."""
+        """In each worker, before anything is computed: one thread a usable core, and plain torch
+        where SGLang has kernels for accelerators only."""
+        convolutions.install()
         if not os.environ.get("OMP_NUM_THREADS"):
             torch.set_num_threads(len(cores.usable_cores()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ def configure(server_args: ServerArgs, given: Mapping[str, Any], origin: str) ->
     config = make_config(**{"page_size": server_args.page_size, **given}, device=device)
     refusals.refuse_untested_sglang(config)
     refusals.refuse_flags(server_args)
-    if server_args.page_size is None:
+    if server_args.page_size is None and not keeps_states(server_args):
         server_args.page_size = config.page_size
     _leave_room(server_args, config)
     if config.host_dtype is not HostDtype.AUTO:
@@ -56,6 +57,19 @@ def configure(server_args: ServerArgs, given: Mapping[str, Any], origin: str) ->
         _prepare_streams(server_args, device)
     setattr(server_args, ATTRIBUTE, {"origin": origin, "config": config.to_builtins()})
     return config
+
+
+def keeps_states(server_args: ServerArgs) -> bool:
+    """Whether the model has Mamba or linear-attention layers: there SGLang chooses the page size,
+    since many of them go with pages of one token only."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
+
+    try:
+        # A copy: what is known of the model before SGLang resolves its arguments is not kept.
+        return bool(uses_ssm_state(model_config_of(copy.copy(server_args))))
+    except Exception:  # no such model, or a broken one: SGLang says so better when it loads it
+        return False
 
 
 def _leave_room(server_args: ServerArgs, config: SmgConfig) -> None:

@@ -136,7 +136,7 @@ def refuse_streams(args: ServerArgs) -> None:
             sliding windows, and on CUDA for MLA in chunks that are too large.
     """
     from sglang.srt.arg_groups.model_override_base import model_config_of
-    from sglang.srt.configs.model_config import AttentionArch
+    from sglang.srt.configs.model_config import AttentionArch, is_deepseek_dsa
 
     model = model_config_of(args)
     backends = {args.attention_backend, args.prefill_attention_backend}
@@ -148,6 +148,7 @@ def refuse_streams(args: ServerArgs) -> None:
             ((args.chunked_prefill_size or 0) <= 0, "prompts that are not computed in chunks"),
             (args.is_embedding, "embedding models"),
             (_has_windows(model.hf_text_config), "models with sliding-window layers"),
+            (is_deepseek_dsa(model.hf_config), "models with sparse attention"),
         ],
     )
     if model.attention_arch == AttentionArch.MLA and device_kind(args) == "cuda":
@@ -179,8 +180,7 @@ def refuse_model(server_args: ServerArgs) -> None:
     """Refuse a model whose state is more than KV pages, before any process is started.
 
     Raises:
-        ConfigError: for Mamba hybrids, and for what `refuse_streams` and `refuse_beside_windows`
-            refuse.
+        ConfigError: for what `refuse_streams` and `refuse_beside_ends` refuse.
     """
     if chosen(server_args).stream_context:
         refuse_streams(server_args)
@@ -189,27 +189,29 @@ def refuse_model(server_args: ServerArgs) -> None:
 
     model = model_config_of(server_args)
     if uses_ssm_state(model):
-        raise ConfigError(
-            "Mamba and linear-attention hybrid models "
-            f"({', '.join(model.hf_config.architectures)}) are not supported by --enable-smg yet; "
-            "start without it."
-        )
-    if model.is_hybrid_swa:
-        refuse_beside_windows(server_args)
+        refuse_beside_ends(server_args, "Mamba or linear-attention layers")
+    elif model.is_hybrid_swa:
+        refuse_beside_ends(server_args, "sliding-window layers")
 
 
-def refuse_beside_windows(args: ServerArgs) -> None:
-    """Refuse what does not know yet of layers with windows.
+def refuse_beside_ends(args: ServerArgs, layers: str) -> None:
+    """Refuse what does not know yet of layers that need only the end of a prefix.
 
     Raises:
         ConfigError: one sentence that says what to drop.
     """
     config = chosen(args)
-    _refuse_any(
-        "models with sliding-window layers cannot be served with {} yet; leave it out.",
-        [
-            (config.write_policy is WritePolicy.WRITE_BACK, "--smg-write-policy write_back"),
-            (config.prefetch, "--smg-prefetch"),
-            (config.storage is not None, "--smg-storage"),
-        ],
-    )
+    states = layers.startswith("Mamba")
+    conflicts = [
+        (states and config.stream_context, "--smg-stream-context"),
+        # What a prefill worker hands over ends with a prompt, where no state is kept.
+        (states and config.workers, "--smg-prefill-workers and --smg-decode-workers"),
+        (config.write_policy is WritePolicy.WRITE_BACK, "--smg-write-policy write_back"),
+        (config.prefetch, "--smg-prefetch"),
+        (config.storage is not None, "--smg-storage"),
+    ]
+    for found, flag in conflicts:
+        if found:
+            raise ConfigError(
+                f"models with {layers} cannot be served with {flag} yet; leave it out."
+            )
