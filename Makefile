@@ -9,7 +9,7 @@ TRACE ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-split test-models test-gpu bench bench-all bench-programs bench-replay bench-split
-.PHONY: bench-context bench-prefetch bench-storage bench-waits bench-tree bench-transfer bench-host-attention bench-host-dtype bench-gpu gpu-bundle readme lint model clean distclean
+.PHONY: bench-context bench-prefetch bench-storage bench-waits bench-hints bench-tree bench-transfer bench-host-attention bench-host-dtype bench-gpu gpu-bundle readme lint model clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -60,6 +60,9 @@ bench-storage: $(VENV)/.ready ## a prefix cold, in storage, in host memory, on t
 
 bench-waits: $(VENV)/.ready ## questions to a new document, all at once, waiting for each other or not; ARGS="flags"
 	@$(RUN) -m bench.waits $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
+
+bench-hints: $(VENV)/.ready ## agents that come back after a pause, with hints and without; ARGS="flags"
+	@$(RUN) -m bench.hints $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
 
 bench-split: $(VENV)/.ready ## streams beside long prompts, on one worker and split; ARGS="flags"
 	@$(RUN) -m bench.split $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)

@@ -54,7 +54,7 @@ class TierCounters:
 
 
 Table = Mapping[str, tuple[str, str, str | None]]
-"""name -> (kind, help, label or None)"""
+"""name -> (kind, help, label, several with blanks between them, or None)"""
 
 _SERIES: Table = {
     "smg:hit_tokens": ("counter", "Prompt tokens found in a cache tier.", "tier"),
@@ -64,6 +64,7 @@ _SERIES: Table = {
     "smg:waited_steps": ("counter", "Scheduler steps in which requests waited for one.", None),
     "smg:wait_saved_tokens": ("counter", "Prompt tokens that waiting has saved.", None),
     "smg:lookups": ("counter", "Lookups in host memory by result.", "result"),
+    "smg:hints": ("counter", "Hints about prefixes by what became of them.", "kind outcome"),
     "smg:dropped_pages": ("counter", "Pages that were not kept in host memory.", "reason"),
     "smg:waiting_spill_slots": ("gauge", "Device slots locked until they are copied.", None),
     "smg:spilled_bytes": ("counter", "Bytes copied from the device to host memory.", None),
@@ -73,6 +74,7 @@ _SERIES: Table = {
     "smg:load_wait_seconds": ("counter", "CPU seconds that forwards waited for loads.", None),
     "smg:failed_loads": ("counter", "Batches of loads whose copy raised.", None),
     "smg:host_pages": ("gauge", "Pages of the memory server by state.", "state"),
+    "smg:retained_pages": ("gauge", "Host pages that hints retain.", None),
     "smg:host_bytes": ("gauge", "Size of the memory server's page memory in bytes.", None),
     "smg:leases": ("gauge", "Leases that pin host pages, over all servers attached.", None),
     "smg:evicted_pages": ("gauge", "Pages the memory server evicted since it started.", None),
@@ -97,7 +99,8 @@ _SERIES: Table = {
 }
 
 Reading = Mapping[str, float | Mapping[str, float]]
-"""The current value of each series: a number, or numbers by label value. Counters are totals."""
+"""The current value of each series: a number, or numbers by label value (several: with blanks
+between them). Counters are totals."""
 
 
 class Series:
@@ -129,7 +132,11 @@ class Series:
 
     def _set(self, name: str, label: str, value: float) -> None:
         kind, _, label_name = self._table[name]
-        labels = self._labels | ({label_name: label} if label_name else {})
+        labels = dict(self._labels)
+        if label_name:
+            names = label_name.split()
+            values = label.split() if len(names) > 1 else [label]
+            labels |= dict(zip(names, values, strict=True))
         series = self._get(name).labels(**labels)
         if kind == "gauge":
             series.set(value)
@@ -145,7 +152,7 @@ class Series:
 
         if name not in self._series:
             kind, text, label = self._table[name]
-            names = [*self._labels, label] if label else list(self._labels)
+            names = [*self._labels, *(label.split() if label else ())]
             if kind == "gauge":
                 self._series[name] = Gauge(name, text, names, multiprocess_mode="mostrecent")
             else:

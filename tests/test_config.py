@@ -43,6 +43,8 @@ def test_more_than_is_free_is_refused(monkeypatch):
             {"memory_address": "/run/smg", "eviction_policy": "lru"},
             "leave it out with --smg-memory",
         ),
+        ({"hint_share": 1.5}, "--smg-hint-share must be at least 0 and at most 1, not 1.5"),
+        ({"memory_address": "/run/smg", "hint_share": 0.5}, "leave it out with --smg-memory"),
         ({"page_size": 12}, r"--smg-page-size .* must be a power of two"),
         ({"page_size": 256}, r"--smg-page-size .* must be a power of two"),
         ({"lookup_timeout_ms": 0}, "--smg-lookup-timeout-ms"),

@@ -63,9 +63,15 @@ class Client:
         return time.perf_counter() - self._began
 
     async def ask(
-        self, prompt: Sequence[int] | str, answer_tokens: int, conversation: int = 0
+        self,
+        prompt: Sequence[int] | str,
+        answer_tokens: int,
+        conversation: int = 0,
+        *,
+        hints: dict[str, Any] | None = None,
     ) -> Answer:
-        """Greedy, of exactly `answer_tokens`. The prompt is token ids or a text.
+        """Greedy, of exactly `answer_tokens`. The prompt is token ids or a text; `hints` are an
+        envelope of SGLang's `kv_hints`.
 
         Raises:
             aiohttp.ClientResponseError, RuntimeError: the server did not answer as asked.
@@ -78,6 +84,7 @@ class Client:
                 "ignore_eos": True,
             },
             "stream": True,
+            **({} if hints is None else {"kv_hints": hints}),
         }
         answer = Answer(conversation, len(prompt), self._now())
         async with self._session.post(f"{self._url}/generate", json=body) as response:

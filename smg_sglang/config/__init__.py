@@ -7,6 +7,9 @@ from smg_sglang.config.policies import (
     DEFAULT_EVICTION as DEFAULT_EVICTION,
 )
 from smg_sglang.config.policies import (
+    DEFAULT_HINT_SHARE as DEFAULT_HINT_SHARE,
+)
+from smg_sglang.config.policies import (
     DEFAULT_SHARE as DEFAULT_SHARE,
 )
 from smg_sglang.config.policies import (

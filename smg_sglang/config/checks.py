@@ -9,6 +9,7 @@ from smg_sglang.box import GIB, box_memory
 from smg_sglang.config.choices import OPTIONS, SmgConfig
 from smg_sglang.config.policies import (
     DEFAULT_EVICTION,
+    DEFAULT_HINT_SHARE,
     DEFAULT_SHARE,
     DEFAULT_SPLIT_TOKENS,
     MAX_PAGE_SIZE,
@@ -62,6 +63,7 @@ def _memory_choice(chosen: dict[str, Any], device: str) -> dict[str, Any]:
         return {
             "host_gb": check_host_gb(chosen.get("host_gb"), device),
             "eviction_policy": chosen.get("eviction_policy", DEFAULT_EVICTION),
+            "hint_share": chosen.get("hint_share", DEFAULT_HINT_SHARE),
             **_storage_choice(chosen),
         }
     for field, option in OPTIONS.items():

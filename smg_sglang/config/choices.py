@@ -15,6 +15,7 @@ from smg_sglang import TESTED_SGLANG
 from smg_sglang.config.option import option, options_of
 from smg_sglang.config.policies import (
     DEFAULT_EVICTION,
+    DEFAULT_HINT_SHARE,
     DEFAULT_SPLIT_TOKENS,
     MAX_PAGE_SIZE,
     MIN_HOST_GB,
@@ -29,8 +30,8 @@ from smg_sglang.config.policies import (
 class SmgConfig:
     """The validated choice of an operator. Times in milliseconds, sizes in GiB.
 
-    `host_gb`, `eviction_policy` and `storage` are None when the memory server is somebody else's
-    (`memory_address`).
+    `host_gb`, `eviction_policy`, `hint_share` and `storage` are None when the memory server is
+    somebody else's (`memory_address`).
     `decode_workers` is 0 where one worker does both phases.
     """
 
@@ -63,6 +64,16 @@ class SmgConfig:
         "often used (lfu), the oldest (fifo), those not used again (slru), or the cheapest to "
         "compute again for their age (cost)",
         DEFAULT_EVICTION.value,
+        memory=True,
+    )
+    hint_share: float | None = option(
+        None,
+        "The share of host memory that one tenant's hints may retain (docs/hints.md); beyond it "
+        "hints are refused; 0: nothing is retained",
+        f"{DEFAULT_HINT_SHARE:g}",
+        metavar="SHARE",
+        least=0,
+        most=1,
         memory=True,
     )
     storage: StorageName | None = option(

@@ -9,7 +9,7 @@ from typing import Any
 
 from smg_sglang.config.choices import OPTIONS
 from smg_sglang.config.option import Option
-from smg_sglang.config.policies import DEFAULT_EVICTION
+from smg_sglang.config.policies import DEFAULT_EVICTION, DEFAULT_HINT_SHARE
 from smg_sglang.errors import ConfigError
 
 ENABLE = "--enable-smg"
@@ -28,6 +28,7 @@ def add_memory_flags(group: _ActionsContainer, host_gb: float) -> None:
     defaults = {
         "host_gb": (host_gb, f"half of what is free, now {host_gb:g}"),
         "eviction_policy": (DEFAULT_EVICTION.value, DEFAULT_EVICTION.value),
+        "hint_share": (DEFAULT_HINT_SHARE, f"{DEFAULT_HINT_SHARE:g}"),
     }
     for field, option in OPTIONS.items():
         if option.memory:

@@ -7,6 +7,8 @@ from enum import StrEnum
 #: The share of the memory that is free at start which the host tier takes by default. On a CPU
 #: the device pool and the weights come out of the same DRAM, hence the smaller share.
 DEFAULT_SHARE = {"cuda": 0.5, "cpu": 0.25}
+#: The share of host memory that hints of one tenant may keep from being evicted.
+DEFAULT_HINT_SHARE = 0.5
 MIN_HOST_GB = 0.0625
 MAX_PAGE_SIZE = 128
 #: A prompt with fewer new tokens than this is computed by the decode worker itself. Measured on a

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from smg_sglang.config import DEFAULT_EVICTION, EvictionName
+from smg_sglang.config import DEFAULT_EVICTION, DEFAULT_HINT_SHARE, EvictionName
 from smg_sglang.errors import SmgError
 from smg_sglang.memory.arena import PageGeometry
 from smg_sglang.memory.changes import Entry
+from smg_sglang.memory.hinting import Hinting
 from smg_sglang.memory.namespace import Namespace
 from smg_sglang.memory.room import make_room
 from smg_sglang.memory.slabs import READY, WRITING, PageAllocator, SlabPool, grow_freely
@@ -17,7 +18,7 @@ from smg_sglang.memory.space import Space
 from smg_sglang.memory.stats import Counters, Stats
 from smg_sglang.tree.node import Node
 from smg_sglang.tree.page_keys import KEY_BYTES
-from smg_sglang.tree.radix_tree import RadixTree
+from smg_sglang.tree.radix_tree import Heeded, RadixTree
 
 _MAX_PAGES_LOG2 = 28  # one byte of books each
 
@@ -79,12 +80,15 @@ class Books:
         clock: Callable[[], float] = time.monotonic,
         may_grow: Callable[[int], bool] = grow_freely,
         eviction: EvictionName = DEFAULT_EVICTION,
+        *,
+        hint_share: float = DEFAULT_HINT_SHARE,
     ) -> None:
-        """`may_grow`: see `SlabPool`."""
+        """`may_grow`: see `SlabPool`; `hint_share`: see `Hinting`."""
         self._pool = SlabPool(arena_bytes, slab_bytes, may_grow)
         self._arena_bytes = arena_bytes
         self._clock = clock
         self._eviction = eviction
+        self._hinting = Hinting(arena_bytes, hint_share)
         self._allocators: dict[int, PageAllocator] = {}  # by page_bytes
         self._spaces: dict[Namespace, Space] = {}
         self._connections: dict[bytes, _Connection] = {}
@@ -204,6 +208,16 @@ class Books:
         match = tree.match(path)
         if match.length:
             tree.touch(match)
+
+    def retain(self, name: bytes, path: bytes, seconds: float, tenant: bytes) -> Heeded:
+        """Let what is here of `path` go after all that nobody retains, for so long: see `Hinting`.
+        No use of it."""
+        space = self._connections[name].space
+        return self._hinting.retain(space, list(self._spaces.values()), path, seconds, tenant)
+
+    def demote(self, name: bytes, path: bytes) -> Heeded:
+        """Let `path` and what goes on below it go before all others, until it is used again."""
+        return self._connections[name].space.tree.demote(path)
 
     def reserve(self, name: bytes, reservation: int, path: bytes) -> tuple[int, np.ndarray]:
         """(have, pages): pages (int64, WRITING now) for path[have:], fewer when memory is full.

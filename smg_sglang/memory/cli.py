@@ -6,7 +6,7 @@ import math
 import sys
 
 from smg_sglang.box import GIB, box_memory
-from smg_sglang.config import EvictionName
+from smg_sglang.config import OPTIONS, EvictionName
 from smg_sglang.config.flags import add_memory_flags
 from smg_sglang.config.storage import storage_settings
 from smg_sglang.errors import ConfigError
@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
             _host_bytes(options.host_gb),
             pretouch=not options.no_pretouch,
             eviction=EvictionName(options.eviction_policy),
+            hint_share=OPTIONS["hint_share"].read(options.hint_share, "--hint-share"),
             storage=_storage(options),
             parent_fd=options.parent_fd,
         )

@@ -193,6 +193,19 @@ class MemoryConnection:
         if not self._channel.stalled:
             self._channel.tell(protocol.Touch(path))
 
+    def retain(
+        self, path: bytes, seconds: float, tenant: bytes, timeout_s: float
+    ) -> protocol.Hinted:
+        """Let what memory has of `path` go after all that nobody retains, for so long; 0: no
+        longer."""
+        message = protocol.Retain(self._channel.next_id(), path, seconds, tenant)
+        return _expect(self._channel.ask(message, timeout_s), protocol.Hinted)
+
+    def demote(self, path: bytes, timeout_s: float) -> protocol.Hinted:
+        """Let `path`, and all that goes on below it, go before all others."""
+        message = protocol.Demote(self._channel.next_id(), path)
+        return _expect(self._channel.ask(message, timeout_s), protocol.Hinted)
+
     def reserve(self, path: bytes, timeout_s: float) -> Reservation:
         """Reserve pages for what memory lacks of `path`; perhaps fewer when memory is full."""
         id_ = self._channel.next_id()

@@ -26,7 +26,19 @@ class Desk:
                 return protocol.Changes(id_, *self._books.changes(client, since))
             case protocol.GetStats(id_):
                 return protocol.StatsReply(id_, self._stats())
-        return self._give_pages(client, message) or self._note(client, message)
+        return (
+            self._give_pages(client, message)
+            or self._heed(client, message)
+            or self._note(client, message)
+        )
+
+    def _heed(self, client: bytes, message: protocol.Message) -> protocol.Reply | None:
+        match message:
+            case protocol.Retain(id_, path, seconds, tenant):
+                return protocol.Hinted(id_, *self._books.retain(client, path, seconds, tenant))
+            case protocol.Demote(id_, path):
+                return protocol.Hinted(id_, *self._books.demote(client, path))
+        return None
 
     def _give_pages(self, client: bytes, message: protocol.Message) -> protocol.Reply | None:
         books, pack = self._books, protocol.pack_pages

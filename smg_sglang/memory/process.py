@@ -10,7 +10,7 @@ import threading
 import time
 
 from smg_sglang.box import GIB, check_host_bytes
-from smg_sglang.config import DEFAULT_EVICTION, EvictionName, StorageName
+from smg_sglang.config import DEFAULT_EVICTION, DEFAULT_HINT_SHARE, EvictionName, StorageName
 from smg_sglang.errors import ConfigError
 from smg_sglang.memory.private_dirs import MEMORY_DIRS
 from smg_sglang.memory.server import READY
@@ -35,6 +35,7 @@ class MemoryProcess:
         host_bytes: int,
         *,
         eviction: EvictionName = DEFAULT_EVICTION,
+        hint_share: float = DEFAULT_HINT_SHARE,
         pretouch: bool = True,
         storage: StorageName | None = None,
         storage_config: str | None = None,
@@ -44,7 +45,7 @@ class MemoryProcess:
         self.address = str(directory)
         self.restarts = 0
         self._host_bytes = host_bytes
-        self._eviction = eviction
+        self._eviction, self._hint_share = eviction, hint_share
         self._pretouch = pretouch
         self._storage = [] if storage is None else ["--storage", storage.value]
         if storage_config is not None:
@@ -61,6 +62,7 @@ class MemoryProcess:
         host_bytes: int,
         *,
         eviction: EvictionName = DEFAULT_EVICTION,
+        hint_share: float = DEFAULT_HINT_SHARE,
         pretouch: bool = True,
         storage: StorageName | None = None,
         storage_config: str | None = None,
@@ -73,6 +75,7 @@ class MemoryProcess:
         process = cls(
             host_bytes,
             eviction=eviction,
+            hint_share=hint_share,
             pretouch=pretouch,
             storage=storage,
             storage_config=storage_config,
@@ -115,7 +118,7 @@ class MemoryProcess:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "smg_sglang", "memory", "--address", self.address]
         command += ["--host-gb", repr(self._host_bytes / GIB), "--log-level", "warning"]
-        command += ["--eviction-policy", self._eviction]
+        command += ["--eviction-policy", self._eviction, "--hint-share", repr(self._hint_share)]
         command += ["--parent-fd", str(theirs.fileno())]
         command += [] if self._pretouch else ["--no-pretouch"]
         command += self._storage

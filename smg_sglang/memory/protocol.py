@@ -20,7 +20,7 @@ from smg_sglang.memory.namespace import Namespace
 from smg_sglang.memory.stats import Stats
 
 #: Raised whenever an old client and a new server would misunderstand each other.
-VERSION = 4
+VERSION = 5
 #: Longest message the server reads: a path of four million page keys.
 MAX_MESSAGE_BYTES = 64 << 20
 
@@ -101,6 +101,21 @@ class GetChanges(_Numbered, frozen=True):
     since: int
 
 
+class Retain(_Numbered, frozen=True):
+    """Let what is in memory of `path` go after all that nobody retains, for so many seconds; 0: no
+    longer. `tenant` is who retains, whose share is bounded."""
+
+    path: bytes
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+    tenant: bytes
+
+
+class Demote(_Numbered, frozen=True):
+    """Let `path`, and all that goes on below it, go before all others, until it is used again."""
+
+    path: bytes
+
+
 class Release(_Message, frozen=True):
     """End the lease of Lookup `lease`; no reply; an unknown lease is not an error."""
 
@@ -165,6 +180,15 @@ class Places(_Numbered, frozen=True):
     pages: bytes
 
 
+class Hinted(_Numbered, frozen=True):
+    """Of the path's pages `known` are in memory, the hint holds for `done` (demoted: with those
+    below it), and `refused` are beyond the tenant's share."""
+
+    known: Count
+    done: Count
+    refused: Count
+
+
 class Ok(_Numbered, frozen=True):
     """Done."""
 
@@ -192,11 +216,20 @@ class Refused(_Numbered, frozen=True):
 
 
 Question: TypeAlias = (
-    Ping | Lookup | Reserve | LookupLast | ReserveEach | Flush | GetStats | GetChanges
+    Ping
+    | Lookup
+    | Reserve
+    | LookupLast
+    | ReserveEach
+    | Retain
+    | Demote
+    | Flush
+    | GetStats
+    | GetChanges
 )
 Notice: TypeAlias = Release | Touch | Publish | Abandon | LetGo | Goodbye
 Message: TypeAlias = Question | Notice
-Reply: TypeAlias = Leased | Reserved | Last | Places | Ok | StatsReply | Changes | Refused
+Reply: TypeAlias = Leased | Reserved | Last | Places | Hinted | Ok | StatsReply | Changes | Refused
 
 encode = msgspec.msgpack.Encoder().encode
 decode_message = msgspec.msgpack.Decoder(Message).decode

@@ -11,20 +11,21 @@ DESERTED_S = 600.0
 
 
 def make_room(space: Space, n: int, spaces: list[Space], pool: SlabPool) -> np.ndarray:
-    """Up to `n` pages (int64, WRITING) for `space`; evicts as far as pins and fairness allow.
+    """Up to `n` pages (int64, WRITING) for `space`; evicts as far as pins and fairness allow, and
+    what is retained only where nothing else is left to go.
 
     The one that holds most bytes gives first, down to what the one in need holds; when the
     page sizes differ, whole slabs must run empty, which stops at the same limit.
     """
     parts = [space.pages.take(n)]
-    missing = n - len(parts[0])
-    exhausted: set[int] = set()
-    while missing and (victim := _next_victim(space, spaces, exhausted)) is not None:
-        if not _evict_for(space, victim, missing, pool):
-            exhausted.add(id(victim))
-        part = space.pages.take(missing)
-        missing -= len(part)
-        parts.append(part)
+    for spare_retained in (True, False):
+        exhausted: set[int] = set()
+        while (missing := n - sum(map(len, parts))) and (
+            victim := _next_victim(space, spaces, exhausted)
+        ) is not None:
+            if not _evict_for(space, victim, missing, pool, spare_retained=spare_retained):
+                exhausted.add(id(victim))
+            parts.append(space.pages.take(missing))
     return np.concatenate(parts)
 
 
@@ -43,17 +44,21 @@ def _owes(victim: Space, space: Space) -> bool:
     return _deserted(victim) or victim.bytes_held > space.bytes_held
 
 
-def _evict_for(space: Space, victim: Space, missing: int, pool: SlabPool) -> int:
+def _evict_for(
+    space: Space, victim: Space, missing: int, pool: SlabPool, *, spare_retained: bool
+) -> int:
     """One round: pages evicted from `victim`; 0 when it has no more to give."""
     if victim.pages is space.pages:
         if victim is space or _deserted(victim):
-            return victim.evict(missing)
+            return victim.evict(missing, spare_retained=spare_retained)
         surplus = (victim.bytes_held - space.bytes_held) // space.namespace.page_bytes
-        return victim.evict(min(missing, max(1, surplus // 2)))
+        most = min(missing, max(1, surplus // 2))
+        return victim.evict(most, spare_retained=spare_retained)
     before = pool.num_free
     evicted = 0
     while pool.num_free == before and _owes(victim, space):
-        freed = victim.evict(victim.pages.geometry.pages_per_slab)
+        slab = victim.pages.geometry.pages_per_slab
+        freed = victim.evict(slab, spare_retained=spare_retained)
         if not freed:
             break
         evicted += freed

@@ -15,7 +15,7 @@ import msgspec
 import zmq
 
 from smg_sglang.box import GIB, check_host_bytes
-from smg_sglang.config import DEFAULT_EVICTION, EvictionName
+from smg_sglang.config import DEFAULT_EVICTION, DEFAULT_HINT_SHARE, EvictionName
 from smg_sglang.errors import ConfigError
 from smg_sglang.memory import protocol
 from smg_sglang.memory.address import Address, peer_uid
@@ -66,6 +66,7 @@ class MemoryServer:
         slab_bytes: int | None = None,
         pretouch: bool = True,
         eviction: EvictionName = DEFAULT_EVICTION,
+        hint_share: float = DEFAULT_HINT_SHARE,
     ) -> None:
         """Raises ConfigError if the size cannot be had or the address is taken."""
         check_host_bytes(host_bytes)
@@ -90,7 +91,9 @@ class MemoryServer:
             self._poller.register(source, zmq.POLLIN)
         self._stops = {self._wake}
         may_grow = Growth(self._arena_fd).may_grow
-        self.books = Books(host_bytes, slab_bytes, may_grow=may_grow, eviction=eviction)
+        self.books = Books(
+            host_bytes, slab_bytes, may_grow=may_grow, eviction=eviction, hint_share=hint_share
+        )
         self._pretouch = Pretouch(self._arena_fd, host_bytes, may_grow) if pretouch else None
         self._desk = Desk(self.books, self.stats)
         self._departed = Departed(self.books.connection_lost)
@@ -326,6 +329,7 @@ def run_server(
     *,
     pretouch: bool = True,
     eviction: EvictionName = DEFAULT_EVICTION,
+    hint_share: float = DEFAULT_HINT_SHARE,
     storage: tuple[str, str | None] | None = None,
     parent_fd: int | None = None,
 ) -> None:
@@ -337,7 +341,9 @@ def run_server(
     until its other end closes (however the parent dies), leave SIGINT to the parent (Ctrl-C
     reaches the whole group) and remove the directory at the end.
     """
-    server = MemoryServer(address, host_bytes, pretouch=pretouch, eviction=eviction)
+    server = MemoryServer(
+        address, host_bytes, pretouch=pretouch, eviction=eviction, hint_share=hint_share
+    )
     _stop_at_signals(server, signal.SIGTERM, *([signal.SIGINT] if parent_fd is None else []))
     if parent_fd is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

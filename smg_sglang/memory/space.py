@@ -65,10 +65,26 @@ class Space:
         self.connections -= 1
         self._left_at = self._clock()
 
-    def evict(self, n: int) -> int:
-        """Free up to `n` pages, in the order of the eviction policy; pinned ones stay."""
+    def now(self) -> float:
+        """Seconds on the clock that retained pages expire by."""
+        return self._clock()
+
+    def expire(self) -> None:
+        """Nobody retains what was to be retained until now at most."""
+        self.tree.expire(self.now())
+
+    def retained_bytes(self, tenant: bytes | None = None) -> int:
+        """Bytes of pages that a tenant, or all of them, retain."""
+        retained = self.tree.retained
+        pages = sum(retained.values()) if tenant is None else retained.get(tenant, 0)
+        return pages * self.namespace.page_bytes
+
+    def evict(self, n: int, *, spare_retained: bool) -> int:
+        """Free up to `n` pages, in the order of the eviction policy; pinned ones stay, retained
+        ones as long as others may go, or, where they are to be spared, too."""
+        self.expire()
         gone: list[bytes] | None = None if self._changes is None else []
-        freed = self.tree.evict(n, gone)
+        freed = self.tree.evict(n, gone, spare_retained=spare_retained)
         for keys in gone or ():
             self._note(False, keys)
         self.pages.give(freed)
@@ -126,10 +142,12 @@ class Space:
 
     def stats(self) -> NamespaceStats:
         """Now."""
+        self.expire()
         return NamespaceStats(
             namespace=self.namespace,
             pages_ready=self.num_ready,
             pages_writing=self.num_writing,
+            pages_retained=sum(self.tree.retained.values()),
             connections=self.connections,
             leases=self.leases,
             reservations=self.reservations,

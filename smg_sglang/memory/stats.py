@@ -42,6 +42,7 @@ class NamespaceStats(msgspec.Struct, frozen=True):
     namespace: Namespace
     pages_ready: int
     pages_writing: int
+    pages_retained: int
     connections: int
     leases: int
     reservations: int
@@ -80,6 +81,7 @@ class Stats(msgspec.Struct, frozen=True):
     #: Of all namespaces.
     pages_ready = _in_all("pages_ready")
     pages_writing = _in_all("pages_writing")
+    pages_retained = _in_all("pages_retained")
     leases = _in_all("leases")
     reservations = _in_all("reservations")
     connections = _in_all("connections")

@@ -31,6 +31,8 @@ from smg_sglang.metrics import (
 from smg_sglang.tier.connections import BACKGROUND_TIMEOUT_S, Connections
 from smg_sglang.tier.ends import EndLayers
 from smg_sglang.tier.found import MAX_HELD, FoundLeases
+from smg_sglang.tier.hint_actions import KINDS
+from smg_sglang.tier.hints import OUTCOMES, HostHints
 from smg_sglang.tier.host_pages import HostPages
 from smg_sglang.tier.load_backs import LoadBacks, Part
 from smg_sglang.tier.lookups import Lookups
@@ -48,6 +50,9 @@ from smg_sglang.transfer.pinning import ArenaPins
 from smg_sglang.tree.page_keys import KEY_BYTES
 from smg_sglang.tree.waits import Waits
 
+#: Label values of `smg:hints` that are there from the start.
+HINTS = tuple(f"{kind} {outcome}" for kind in KINDS for outcome in OUTCOMES)
+
 
 class HostTier:
     """Find prefixes in host memory, load them into device slots, spill device slots.
@@ -61,6 +66,7 @@ class HostTier:
         pages: host pages that are held while they are attended.
         ahead: loads that no forward waits for; None without `--smg-prefetch`.
         stored: what lies in storage; None where the memory server has none.
+        hints: what host memory was told of prefixes.
         waits: requests that wait for a prefix that others compute.
     """
 
@@ -87,10 +93,11 @@ class HostTier:
         """
         self.config = config
         self.counters = TierCounters()
+        self._timeout_s = config.lookup_timeout_ms / 1000
         self.waits = Waits(config.wait_steps)
+        self.hints = HostHints(self._connection, self._timeout_s, here=ranks.writes)
         self.device, self.before_copy = pool.device, before_copy
         self._ranks = ranks
-        self._timeout_s = config.lookup_timeout_ms / 1000
         self._arena: Arena | None = None
         self._host_pages = 0
         self.connections = Connections(address, namespace, self._timeout_s)
@@ -177,9 +184,10 @@ class HostTier:
         )
 
     def _published(self, connection: MemoryConnection, path: bytes) -> None:
+        behind = connection is self.connections.background()
+        timeout_s = BACKGROUND_TIMEOUT_S if behind else self._timeout_s
+        self.hints.published(connection, path, timeout_s)
         if self.stored is not None:
-            behind = connection is self.connections.background()
-            timeout_s = BACKGROUND_TIMEOUT_S if behind else self._timeout_s
             self.stored.offer(connection, path, timeout_s)
 
     def release(self, lease: Lease) -> None:
@@ -254,6 +262,7 @@ class HostTier:
         Where the server does not answer, nothing is looked up until it has been told.
         """
         self._quiesce()
+        self.hints.clear()
         while self.spills.num_completed():
             self.spills.pop_completed()
         for connections in self._all_connections:
@@ -266,6 +275,7 @@ class HostTier:
         read of the former weights stays theirs until they end.
         """
         self._quiesce()
+        self.hints.clear()
         for connections in self._all_connections:
             connections.weights_changed(model)
         if self.stored is not None:
@@ -328,6 +338,7 @@ class HostTier:
             "leases_held": self._num_leases,
             "spills_waiting": self.spills.waiting_slots,
             "layers": self._layer_kinds(),
+            "hints": {"waiting": len(self.hints), **self.hints.outcomes.copy()},
             **self.counters.snapshot(),
             "dropped_pages": dict(self.spills.dropped_pages()),
         }
@@ -382,6 +393,7 @@ class HostTier:
             "smg:waited_steps": self.waits.steps,
             "smg:wait_saved_tokens": self.waits.saved_tokens,
             "smg:lookups": with_zeros(LOOKUP_RESULTS, self.counters.lookups),
+            "smg:hints": with_zeros(HINTS, self.hints.outcomes.copy()),
             "smg:dropped_pages": with_zeros(DROP_REASONS, self.spills.dropped_pages()),
             "smg:waiting_spill_slots": self.spills.waiting_slots,
             "smg:spilled_bytes": sum(counters.bytes for counters in spills),
@@ -402,6 +414,7 @@ class HostTier:
             return reading | {"smg:memory_connected": 0}
         return reading | {
             "smg:host_pages": {"ready": stats.pages_ready, "writing": stats.pages_writing},
+            "smg:retained_pages": stats.pages_retained,
             "smg:host_bytes": stats.arena_bytes,
             "smg:leases": stats.leases,
             "smg:evicted_pages": stats.total.pages_evicted,

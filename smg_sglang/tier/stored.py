@@ -48,6 +48,16 @@ class Stored:
         """
         return not self._client.fetch(rid, path, have).done
 
+    def bring(self, rid: str, path: bytes, have: int) -> None:
+        """Ask storage for what host memory lacks of `path`, though no request waits for it."""
+        self._client.fetch(rid, path, have)
+
+    def brought(self, rid: str) -> bool:
+        """Whether no more comes of what `bring` asked for."""
+        self._client.poll()
+        fetch = self._client.fetched(rid)
+        return fetch is None or fetch.done
+
     def has_come(self, rid: str) -> bool:
         """True once, when the request's fetch has ended with pages in host memory: it is to look
         for them."""

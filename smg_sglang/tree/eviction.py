@@ -128,9 +128,10 @@ def make_policy(name: EvictionName, page_size: int) -> EvictionPolicy:
 class EvictionQueue:
     """A heap of leaves by rank, invalidated lazily: uses, pins and new children leave it alone.
 
-    An entry is put right when it comes up, which works because ranks never fall (or `renew_first`
-    is told). Each node has
-    at most one entry, so the heap is never larger than the tree and a use costs it nothing;
+    An entry is put right when it comes up, which works because ranks never fall, or `lowered` or
+    `renew_first` is told. Each node has
+    at most one entry that counts, and of the others there are never more than of these, so the heap
+    is no larger than two trees and a use costs it nothing;
     whoever makes a node evictable `offer`s it. When a sixteenth of the entries come up stale in
     one search, all are ranked anew at once, which is several times cheaper than one by one.
     That is the worst search there is: O(n), after that many uses without an eviction.
@@ -140,6 +141,8 @@ class EvictionQueue:
         self.policy = policy
         self._entries: list[tuple[Rank, int, Node]] = []
         self._offers = 0
+        self._dead = 0
+        """Entries of nodes that have another one."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -147,22 +150,36 @@ class EvictionQueue:
     def __iter__(self) -> Iterator[tuple[Rank, int, Node]]:
         return iter(self._entries)
 
+    def rank(self, node: Node) -> Rank:
+        """The node's place: demoted ones first (0), retained ones last (2), and only then as the
+        policy says."""
+        grade = 2 if node.kept_until else 1 if node.demoted_at < node.used_at else 0
+        return grade, self.policy.rank(node)
+
     def offer(self, node: Node) -> None:
         """Enter a node that may be evictable now; one that is not, or is in, is left out."""
-        if node.evictable and not node.queued:
-            node.queued = True
-            self._offers += 1
-            heappush(self._entries, (self.policy.rank(node), self._offers, node))
+        if node.evictable and not node.entry:
+            self._push(node)
+
+    def lowered(self, node: Node) -> None:
+        """The node's rank has fallen: it may have to go before others that it stood behind."""
+        if node.entry:
+            self._dead += 1
+            self._push(node)
+            self._bury()
 
     def first(self) -> Node | None:
         """The evictable node of the lowest rank; it stays in. Amortised O(log n)."""
         entries, stale = self._entries, 0
         while entries:
             rank, offer, node = entries[0]
-            if not node.evictable:
+            if node.entry != offer:
                 heappop(entries)
-                node.queued = False
-            elif (current := self.policy.rank(node)) != rank:
+                self._dead -= 1
+            elif not node.evictable:
+                heappop(entries)
+                node.entry = 0
+            elif (current := self.rank(node)) != rank:
                 heapreplace(entries, (current, offer, node))
                 stale += 1
                 if stale > _SMALL and stale * 16 > len(entries):
@@ -175,24 +192,38 @@ class EvictionQueue:
     def renew_first(self) -> None:
         """Rank the first node anew, whose rank may have fallen: it was trimmed."""
         _, offer, node = self._entries[0]
-        heapreplace(self._entries, (self.policy.rank(node), offer, node))
+        heapreplace(self._entries, (self.rank(node), offer, node))
 
     def drop_first(self) -> None:
         """Take the node that `first` gave out of the queue."""
-        heappop(self._entries)[2].queued = False
+        heappop(self._entries)[2].entry = 0
+        self._bury()
 
     def clear(self) -> None:
         for _, _, node in self._entries:
-            node.queued = False
+            node.entry = 0
         self._entries.clear()
+        self._dead = 0
+
+    def _push(self, node: Node) -> None:
+        self._offers += 1
+        node.entry = self._offers
+        heappush(self._entries, (self.rank(node), self._offers, node))
+
+    def _bury(self) -> None:
+        if self._dead > _SMALL and self._dead * 2 > len(self._entries):
+            self._rebuild()
 
     def _rebuild(self) -> None:
-        rank = self.policy.rank
+        rank = self.rank
         kept = []
         for _, offer, node in self._entries:
+            if node.entry != offer:
+                continue
             if node.evictable:
                 kept.append((rank(node), offer, node))
             else:
-                node.queued = False
+                node.entry = 0
         heapify(kept)
         self._entries[:] = kept
+        self._dead = 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 import numpy as np
 
 from smg_sglang.tree.eviction import EvictionQueue
@@ -10,7 +13,13 @@ from smg_sglang.tree.page_keys import KEY_BYTES
 
 
 def check_tree(
-    root: Node, nodes: list[Node], queue: EvictionQueue, num_pages: int, num_pinned: int
+    root: Node,
+    nodes: list[Node],
+    queue: EvictionQueue,
+    num_pages: int,
+    num_pinned: int,
+    *,
+    kept: Mapping[bytes, int],
 ) -> None:
     """Raise AssertionError for the first thing that is wrong with the tree under `root`."""
     for node in [root, *nodes]:
@@ -19,6 +28,7 @@ def check_tree(
         _check_run(node)
     _check_counters(nodes, num_pages, num_pinned - (root.pins > 0))
     _check_queue(nodes, queue)
+    _check_retains(nodes, kept)
 
 
 def _check_links(node: Node) -> None:
@@ -47,17 +57,27 @@ def _check_counters(nodes: list[Node], num_pages: int, num_pinned: int) -> None:
 
 def _check_queue(nodes: list[Node], queue: EvictionQueue) -> None:
     entries = list(queue)
-    queued = {id(node) for _, _, node in entries}
-    _require(len(queued) == len(entries), "a node is in the eviction queue twice")
+    counting = [(rank, node) for rank, offer, node in entries if node.entry == offer]
+    queued = {id(node) for _, node in counting}
+    _require(len(queued) == len(counting), "a node is in the eviction queue twice")
     for node in nodes:
-        _require(node.queued == (id(node) in queued), f"{_name(node)}: wrong `queued`")
-        _require(node.queued or not node.evictable, f"{_name(node)} could go but is not queued")
+        _require(bool(node.entry) == (id(node) in queued), f"{_name(node)}: wrong `entry`")
+        _require(bool(node.entry) or not node.evictable, f"{_name(node)} could go, is not queued")
     gone = queued - {id(node) for node in nodes}
     _require(not gone, f"{len(gone)} nodes in the eviction queue are not in the tree")
-    for place, (rank, offer, node) in enumerate(entries):
-        _require(rank <= queue.policy.rank(node), f"{_name(node)} is queued with a rank ahead")
+    for rank, node in counting:
+        _require(rank <= queue.rank(node), f"{_name(node)} is queued with a rank ahead")
+    for place, (rank, offer, _) in enumerate(entries):
         above = entries[(place - 1) // 2] if place else entries[0]
         _require(above[:2] <= (rank, offer), f"entry {place} of the queue breaks the heap order")
+
+
+def _check_retains(nodes: list[Node], kept: Mapping[bytes, int]) -> None:
+    seen: Counter[bytes] = Counter()
+    for node in nodes:
+        if node.kept_until:
+            seen[node.tenant] += node.length
+    _require(seen == Counter(dict(kept)), f"pages retained are {seen}, counted {kept}")
 
 
 def _name(node: Node) -> str:

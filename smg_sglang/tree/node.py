@@ -23,13 +23,17 @@ class Node:
         "born_at",
         "children",
         "credit",
+        "demoted_at",
+        "due",
+        "entry",
+        "kept_until",
         "keys",
         "length",
         "pages",
         "parent",
         "pins",
-        "queued",
         "start",
+        "tenant",
         "used_at",
         "uses",
     )
@@ -50,13 +54,22 @@ class Node:
         self.pins = 0
         self.attached = True
         """False once the node left the tree; handles to it may still be around."""
-        self.queued = False
-        """Whether the eviction queue holds an entry for it."""
+        self.entry = 0
+        """The number of its entry in the eviction queue; 0: it has none."""
         self.born_at = now
         self.used_at = 0
         self.uses = 0
         self.credit = 0.0
         """What a policy noted at the last use (`EvictionPolicy.used`); never falls."""
+        self.demoted_at = -1
+        """When it was said not to come back, on the clock of `used_at`; a later use says it did."""
+        self.kept_until = 0.0
+        """Until when it goes after all that nobody retains, on the clock of who asked for it; 0: it
+        is not retained."""
+        self.due = 0
+        """The number of its entry among those that expire; 0: it has none."""
+        self.tenant = b""
+        """For whom it is retained."""
 
     @property
     def evictable(self) -> bool:

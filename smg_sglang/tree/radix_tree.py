@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from smg_sglang.tree.eviction import LRU, EvictionPolicy, EvictionQueue
 from smg_sglang.tree.invariants import check_tree
 from smg_sglang.tree.node import Node
 from smg_sglang.tree.page_keys import KEY_BYTES
+from smg_sglang.tree.retains import Retains
 
 Pages = NDArray[np.int64]
 
@@ -39,6 +41,17 @@ class Inserted(NamedTuple):
     """int64, read-only: the caller's pages that were not taken, as the tree has others there."""
 
 
+class Heeded(NamedTuple):
+    """What became of a hint about a path, in pages."""
+
+    known: int
+    """Of the path, here."""
+    done: int
+    """The hint holds for so many."""
+    refused: int = 0
+    """Beyond what might be retained."""
+
+
 class RadixTree:
     """A path-compressed radix tree of page numbers under *paths* (page keys, joined).
 
@@ -52,6 +65,7 @@ class RadixTree:
 
     def __init__(self, policy: EvictionPolicy | None = None):
         self._queue = EvictionQueue(policy or LRU())
+        self._retains = Retains(self._queue)
         self._root = Node(b"", _NO_PAGES, None, 0, 0)
         self._clock = 0
         self._num_pages = 0
@@ -93,11 +107,7 @@ class RadixTree:
 
     def renew(self, match: Match) -> Node:
         """As `touch`, but no use: whoever put pages in comes back to them."""
-        node = match.node
-        while node.parent is not None and node.start >= match.length:
-            node = node.parent
-        if node.attached and 0 < match.length - node.start < node.length:
-            node = self._split(node, match.length - node.start)
+        node = self._end_of(match)
         self._make_recent(node)
         return node
 
@@ -143,16 +153,94 @@ class RadixTree:
             self._num_pinned -= 1
             self._queue.offer(node)
 
-    def evict(self, n: int, gone_keys: list[bytes] | None = None) -> Pages:
-        """Take out up to `n` pages and return them, int64: fewer only when all else is pinned.
+    def retain(self, path: bytes, until: float, tenant: bytes, most: int) -> Heeded:
+        """Let pages of `path` go after all others until then, from its beginning on, as far as it
+        is here and no more than `most` of them were not retained before. Not a use of it.
 
-        Leaves go in the policy's order; the last one loses its tail only. O(log nodes) each,
+        until: on the clock that `expire` is told. tenant: counted in `retained`.
+        """
+        match = self.match(path)
+        done = 0
+        for node in reversed(list(self._end_of(match).ancestry())):
+            if not node.kept_until:
+                if node.length > most:
+                    done += self._retain_part(node, until, tenant, most)
+                    break
+                most -= node.length
+            self._retains.keep(node, until, tenant)
+            done += node.length
+        return Heeded(match.length, done, match.length - done)
+
+    def _retain_part(self, node: Node, until: float, tenant: bytes, most: int) -> int:
+        if most > 0:
+            self._retains.keep(self._split(node, most), until, tenant)
+        return max(0, most)
+
+    def end_retain(self, path: bytes) -> Heeded:
+        """Retain `path` no longer, but for what other paths share of it."""
+        match = self.match(path)
+        nodes = self._alone(match, len(path) // KEY_BYTES)
+        for node in nodes:
+            if node.kept_until:
+                self._retains.end(node)
+        return Heeded(match.length, sum(node.length for node in nodes))
+
+    def demote(self, path: bytes) -> Heeded:
+        """Let `path`, and what goes on below it, go before all others, until it is used again; not
+        what other paths share of it. It is retained no longer."""
+        match = self.match(path)
+        nodes = self._alone(match, len(path) // KEY_BYTES)
+        if nodes and match.length == len(path) // KEY_BYTES:
+            below = list(nodes[0].children.values())
+            for node in below:
+                below.extend(node.children.values())
+            nodes += below
+        for node in nodes:
+            node.demoted_at = self._clock
+            if node.kept_until:
+                self._retains.end(node)
+            else:
+                self._queue.lowered(node)
+        return Heeded(match.length, sum(node.length for node in nodes))
+
+    def expire(self, now: float) -> None:
+        """End what was to be retained until `now` at most."""
+        self._retains.expire(now)
+
+    @property
+    def retained(self) -> Mapping[bytes, int]:
+        """Pages that are retained, by tenant, as of the last `expire`."""
+        return self._retains.pages
+
+    def _alone(self, match: Match, length: int) -> list[Node]:
+        """The nodes of a path of so many pages that no other path shares, from its end upwards."""
+        if not match.length:
+            return []
+        if match.length < length and (match.node.children or match.length < _end(match.node)):
+            return []  # the path's own end has gone, and what is left belongs to others too
+        node = self._end_of(match)
+        nodes = [node]
+        while (above := node.parent) is not None and above.parent and len(above.children) == 1:
+            nodes.append(above)
+            node = above
+        return nodes
+
+    def evict(
+        self, n: int, gone_keys: list[bytes] | None = None, *, spare_retained: bool = False
+    ) -> Pages:
+        """Take out up to `n` pages and return them, int64: fewer only when all else is pinned, or
+        retained and to be spared.
+
+        Leaves go in the policy's order, demoted ones before it and retained ones after; the last
+        one loses its tail only. O(log nodes) each,
         amortised over the uses before. The array may be read-only. gone_keys: the page keys are
         added to it, in runs.
         """
         freed: list[Pages] = []
         missing = n
         while missing > 0 and (leaf := self._queue.first()) is not None:
+            if spare_retained and leaf.kept_until:
+                break
             self._queue.policy.evicted(leaf)
             if gone_keys is not None:
                 first = max(0, leaf.length - missing)
@@ -163,6 +251,8 @@ class RadixTree:
                 self._remove(leaf)
             else:
                 freed.append(leaf.trim(missing))
+                if leaf.kept_until:
+                    self._retains.gone(leaf, missing)
                 self._queue.renew_first()
                 missing = 0
         gone = _joined(freed)
@@ -196,6 +286,7 @@ class RadixTree:
         for node in nodes:
             node.attached = False
         self._queue.clear()
+        self._retains.clear()
         self._root.children.clear()
         self._num_pages = 0
         self._num_pinned = int(self._root.pins > 0)
@@ -215,7 +306,8 @@ class RadixTree:
 
     def check_invariants(self) -> None:
         """Raise AssertionError that says what is wrong if the books are. Walks the tree."""
-        check_tree(self._root, self.nodes(), self._queue, self._num_pages, self._num_pinned)
+        counted = self._num_pages, self._num_pinned
+        check_tree(self._root, self.nodes(), self._queue, *counted, kept=self.retained)
 
     def _descend(self, path: bytes) -> tuple[Node, int, int, list[Pages]]:
         """Follow `path` as far as it is known: the last node, the pages known in all and within
@@ -236,6 +328,15 @@ class RadixTree:
             if within < child.length:
                 break
         return node, at // KEY_BYTES, within, passed
+
+    def _end_of(self, match: Match) -> Node:
+        """The node that a match ends at the end of, cut there if need be."""
+        node = match.node
+        while node.parent is not None and node.start >= match.length:
+            node = node.parent
+        if node.attached and 0 < match.length - node.start < node.length:
+            node = self._split(node, match.length - node.start)
+        return node
 
     def _make_recent(self, node: Node) -> None:
         self._clock += 1
@@ -265,6 +366,7 @@ class RadixTree:
         lower.start += at
         lower.parent = upper
         upper.children[lower.first_key()] = lower
+        self._retains.split(upper, lower)
         return upper
 
     def _remove(self, leaf: Node) -> None:
@@ -272,10 +374,17 @@ class RadixTree:
         parent = leaf.parent
         assert parent is not None
         self._queue.drop_first()
+        if leaf.kept_until:
+            self._retains.gone(leaf, leaf.length)
         leaf.attached = False
         del parent.children[leaf.first_key()]
         parent.absorb(leaf)
         self._queue.offer(parent)
+
+
+def _end(node: Node) -> int:
+    """Pages from the root to the node's end."""
+    return node.start + node.length
 
 
 def _shared(node: Node, path: bytes, at: int) -> int:

@@ -100,7 +100,22 @@ SIGNATURES = [
         f"{STORAGE}.register_mem_host_pool_v2",
         "self host_pool host_pool_name",
     ),
+    ("cache/hints.py", f"{CORE}.collect_path_info", "self end_node_ids"),
+    ("cache/hints.py", f"{CACHE}.lock", "self node_id skip_lock_components"),
+    ("cache/hints.py", f"{CACHE}.unlock", "self lock"),
+    ("cache/hint_messages.py", "managers.io_struct.hook_custom_types", "new_types"),
+    (
+        "seams/hint_route.py",
+        "managers.communicator.FanOutCommunicator.__init__",
+        "self send fan_out mode",
+    ),
+    (
+        "seams/hint_route.py",
+        "entrypoints.openai.serving_chat.OpenAIServingChat._process_messages",
+        "self request is_multimodal output_constrained",
+    ),
     # what we hook
+    ("seams/plugin.py", "managers.scheduler.Scheduler.init_request_dispatcher", "self"),
     ("seams/plugin.py", "server_args.ServerArgs.add_cli_args", "parser"),
     ("seams/plugin.py", "server_args.ServerArgs.from_cli_args", "args"),
     ("seams/plugin.py", "server_args.ServerArgs.resolve_once", "self"),
@@ -470,6 +485,7 @@ def test_our_classes_override_what_sglang_has():
     added |= {"_abc_impl", "streams", "_stream", "_has_failed"}
     added |= {"prefetch", "prefetch_waiting", "tree_evictable_size"}
     added |= {"_fitting", "_spill_window", "prefix_waits", "wait_for_prefix", "host_events"}
+    added |= {"hints", "take_kv_hints", "_evict_demoted"}
     added |= {"_find", "waits_for_storage", "spill_state"}
     added |= {"internal_state", "on_weight_update", "least_of_ranks"}
     for ours, theirs in (

@@ -27,6 +27,13 @@ def test_a_wrong_address_ends_with_one_sentence_and_code_2(address, capsys):
     assert "memory address" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("share", ["-0.1", "1.5", "nan"])
+def test_a_share_that_is_none_ends_with_one_sentence_and_code_2(share, directory, capsys):
+    assert main(["--host-gb", "0.01", "--address", directory, "--hint-share", share]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--hint-share must be at least 0 and at most 1" in error
+
+
 def test_an_unknown_policy_is_refused_by_name(directory, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--host-gb", "0.01", "--address", directory, "--eviction-policy", "mru"])

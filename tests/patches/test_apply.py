@@ -42,6 +42,7 @@ PATCH_OF = {
     "model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.can_run_graph": "0011",
     "model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner.can_run_graph": "0011",
     "managers.scheduler.Scheduler.get_new_batch_prefill": "0012",
+    "managers.scheduler.Scheduler.init_request_dispatcher": "0014",
     # Needs none: SGLang calls `checkpoint` of the cache with each request it has prefilled.
     "managers.schedule_batch.ScheduleBatch.prepare_for_extend": None,
 }

@@ -6,7 +6,9 @@ looks at all runs.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from smg_sglang.tree.eviction import EvictionPolicy
 
@@ -23,6 +25,9 @@ class Run:
     credit: float = 0.0
     pins: int = 0
     attached: bool = True
+    demoted_at: int = -1
+    kept_until: float = 0.0
+    tenant: bytes = b""
 
     @property
     def length(self) -> int:
@@ -66,10 +71,84 @@ class NaiveTree:
         self.touch(path, uses=0)
         return duplicates, last
 
-    def evict(self, n: int) -> list[int]:
+    def retain(self, path, until: float, tenant: bytes, most: int) -> tuple[int, int, int]:
+        known, last = self.match(path)
+        if last is not None and len(known) < len(last.path):
+            self._split(last, len(known))
+        done = 0
+        for run in self._along(path[: len(known)]):
+            kept = run
+            if not run.kept_until:
+                part = min(run.length, most)
+                most -= part
+                if part < run.length:
+                    kept = self._split(run, run.start + part) if part else None
+            if kept is None or kept.start != done:
+                break
+            kept.kept_until, kept.tenant = max(kept.kept_until, until), tenant
+            done += kept.length
+        return len(known), done, len(known) - done
+
+    def end_retain(self, path) -> tuple[int, int, int]:
+        known, alone = self._alone(path)
+        for run in alone:
+            run.kept_until = 0.0
+        return known, sum(run.length for run in alone), 0
+
+    def demote(self, path) -> tuple[int, int, int]:
+        known, alone = self._alone(path)
+        if alone and known == len(path):
+            alone += [r for p, r in self.runs.items() if r.start >= known and p[:known] == path]
+        for run in alone:
+            run.demoted_at, run.kept_until = self.clock, 0.0
+        return known, sum(run.length for run in alone), 0
+
+    def _alone(self, path) -> tuple[int, list[Run]]:
+        """-> pages known, and the runs of the known path with nothing beside them; none where the
+        path's own end has gone and others go on from there."""
+        known, last = self.match(path)
+        length = len(known)
+        if last is None or (length < len(path) and self._goes_on(path[:length])):
+            return length, []
+        if length < len(last.path):
+            self._split(last, length)
+        along = self._along(path[:length])[::-1]
+        beside = [
+            any(
+                other.start >= len(run.path)
+                and other.path[: len(run.path)] == run.path
+                and other.path[: len(below.path)] != below.path
+                for other in self.runs.values()
+            )
+            for below, run in pairwise(along)
+        ]
+        return length, along[: [*beside, True].index(True) + 1]
+
+    def _goes_on(self, path) -> bool:
+        return any(len(p) > len(path) and p[: len(path)] == path for p in self.runs)
+
+    def expire(self, now: float) -> None:
+        for run in self.runs.values():
+            if run.kept_until <= now:
+                run.kept_until = 0.0
+
+    def retained(self) -> dict[bytes, int]:
+        kept = Counter()
+        for run in self.runs.values():
+            if run.kept_until:
+                kept[run.tenant] += run.length
+        return dict(kept)
+
+    def rank(self, run: Run):
+        grade = 2 if run.kept_until else 0 if run.demoted_at >= run.used_at else 1
+        return grade, self.policy.rank(run)
+
+    def evict(self, n: int, spare_retained: bool = False) -> list[int]:
         freed: list[int] = []
         while len(freed) < n and (leaves := [run for run in self.runs.values() if self._free(run)]):
-            leaf = min(leaves, key=self.policy.rank)
+            leaf = min(leaves, key=self.rank)
+            if spare_retained and leaf.kept_until:
+                break
             self.policy.evicted(leaf)
             del self.runs[leaf.path]
             cut = max(len(leaf.pages) - (n - len(freed)), 0)
@@ -82,7 +161,7 @@ class NaiveTree:
 
     def evict_leaf(self) -> list[int]:
         leaves = [run for run in self.runs.values() if self._free(run)]
-        return self.evict(len(min(leaves, key=self.policy.rank).pages)) if leaves else []
+        return self.evict(len(min(leaves, key=self.rank).pages)) if leaves else []
 
     def clear(self) -> list[int]:
         pages = [page for run in self.runs.values() for page in run.pages]
@@ -119,7 +198,8 @@ class NaiveTree:
     def _split(self, run: Run, at: int) -> Run:
         cut = at - run.start
         upper = Run(run.path[:at], run.start, run.pages[:cut], run.born_at, run.used_at, run.uses)
-        upper.credit = run.credit
+        upper.credit, upper.demoted_at = run.credit, run.demoted_at
+        upper.kept_until, upper.tenant = run.kept_until, run.tenant
         run.start, run.pages = at, run.pages[cut:]
         self.runs[upper.path] = upper
         return upper

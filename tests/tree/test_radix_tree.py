@@ -350,7 +350,7 @@ def test_a_whole_tree_of_stale_ranks_is_evicted_in_the_order_of_use():
         lambda tree, node: setattr(node, "length", node.length - 1),
         lambda tree, node: setattr(node, "parent", None),
         lambda tree, node: setattr(node, "pins", 1),
-        lambda tree, node: setattr(node, "queued", False),
+        lambda tree, node: setattr(node, "entry", False),
         lambda tree, node: setattr(node, "used_at", -1),
         lambda tree, node: setattr(node, "attached", False),
         lambda tree, node: setattr(node, "keys", node.keys[::-1]),

@@ -54,12 +54,16 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
         """
         self.hit_markers.pop(req.rid, None)
         self.waiting.discard(req.rid)
+        if self.cache.hints is not None:
+            self.cache.hints.arrived(req)
         tail = self._tail_hashes(key, result, result.device_prefix_len)
         head = self._path(result.last_device_node) if result.device_prefix_len else b""
+        path = keys_from_hex(tail)
+        if self.cache.hints is not None:
+            self.cache.hints.matched(head + path)
         if not tail:
             self.tier.lookups.touch(req.rid, head)
             return result
-        path = keys_from_hex(tail)
         pages = self._find(req.rid, head + path, len(head) // KEY_BYTES)
         pages = self._fitting(req.rid, path, pages)
         if pages == 0:
@@ -195,6 +199,8 @@ class SmgLinkerWrapper(UnifiedCacheLinkerWrapper):
 
     def release_request(self, rid: str) -> None:
         super().release_request(rid)
+        if self.cache.hints is not None:
+            self.cache.hints.dropped(rid)
         self.waiting.discard(rid)
         self.tier.forget(rid)
 

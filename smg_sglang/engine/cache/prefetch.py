@@ -159,6 +159,16 @@ class Prefetch:
             self._finish(piece, landed=False)
         return tokens
 
+    def is_loading(self, rid: str) -> bool:
+        """Whether something is under way for one that waits."""
+        waiting = self._waiting.get(rid)
+        return waiting is not None and bool(waiting.under_way)
+
+    def is_done(self, rid: str) -> bool:
+        """Whether all has been loaded for one that waits, or nothing more can be."""
+        waiting = self._waiting.get(rid)
+        return waiting is not None and waiting.done and not waiting.under_way
+
     def drop(self) -> None:
         """The cache or the weights are others from now on."""
         self.give_back()

@@ -8,13 +8,16 @@ when pages are spilled and how a hit below the device is found.
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from smg_sglang.config import WritePolicy
+from smg_sglang.engine.cache.hints import CacheHints
 from smg_sglang.engine.cache.kv_events import HostEvents
 from smg_sglang.engine.cache.linker import SmgLinker
 from smg_sglang.engine.cache.linker_wrapper import SmgLinkerWrapper
@@ -38,12 +41,13 @@ if TYPE_CHECKING:
 class SmgRadixCache(UnifiedRadixCache):
     """The device level, and what hangs on it: `host_tier`, the level below; where they are switched
     on, `streams`, the requests whose context is larger than the device, `prefetch`, which loads for
-    requests that wait, `prefix_waits`, those that wait for a prefix that others compute, and
-    `host_events`, what routers are told of host memory."""
+    requests that wait, `prefix_waits`, those that wait for a prefix that others compute, `hints`,
+    what orchestrators say of prefixes, and `host_events`, what routers are told of host memory."""
 
     streams: Streams | None = None
     prefetch: Prefetch | None = None
     prefix_waits: PrefixWaits | None = None
+    hints: CacheHints | None = None
     host_events: HostEvents | None = None
 
     @property
@@ -59,6 +63,7 @@ class SmgRadixCache(UnifiedRadixCache):
         if (ahead := cache_linker.tier.ahead) is not None:
             self.prefetch = Prefetch(self, cache_linker.tier, ahead)
         self.prefix_waits = PrefixWaits(self, cache_linker.tier)
+        self.hints = CacheHints(self, cache_linker.tier)
         if self.tree_core.kv_events.enabled:
             self.host_events = HostEvents(cache_linker.tier, self.page_size)
 
@@ -70,6 +75,8 @@ class SmgRadixCache(UnifiedRadixCache):
         return result
 
     def reset(self) -> None:
+        if self.hints is not None:
+            self.hints.clear()
         if self.prefetch is not None:
             self.prefetch.drop()
         super().reset()
@@ -87,6 +94,8 @@ class SmgRadixCache(UnifiedRadixCache):
     def on_weight_update(self) -> None:
         """The weights are about to change, perhaps in part. Loads ahead first: they hold leases of
         the connection that the tier retires."""
+        if self.hints is not None:
+            self.hints.clear()
         if self.prefetch is not None:
             self.prefetch.drop()
         if self.host_tier is not None:
@@ -121,11 +130,18 @@ class SmgRadixCache(UnifiedRadixCache):
         super().check_hicache_events()
         if self.prefetch is not None:
             self.prefetch.land()
+        if self.hints is not None:
+            self.hints.step()
 
     def prefetch_waiting(self, queue: list[Any]) -> None:
         """SGLang has formed a batch, and these requests go on waiting."""
         if self.prefetch is not None:
-            self.prefetch.look_ahead(queue)
+            hinted = self.hints.prompts() if self.hints is not None else []
+            self.prefetch.look_ahead([*queue, *hinted])
+
+    def take_kv_hints(self, message: Any) -> list[str]:
+        """Hints without a request. -> what became of each"""
+        return [] if self.hints is None else self.hints.told(message)
 
     def take_events(self) -> list[Any]:
         """KV events of the device, and of host memory."""
@@ -148,15 +164,29 @@ class SmgRadixCache(UnifiedRadixCache):
         return self.tree_evictable_size() + under_way
 
     def _evict(self, params: EvictParams, *args: Any, **kwargs: Any) -> EvictResult:
+        demoted = 0
+        if self.hints is not None:
+            demoted = self.hints.evict_demoted(params.num_tokens, self._evict_demoted)
+            if not (args or kwargs):  # with a target it stops there by itself
+                params = replace(params, num_tokens=max(0, params.num_tokens - demoted))
         result: EvictResult = super()._evict(params, *args, **kwargs)
+        result.num_tokens_evicted += demoted
         if self.prefetch is not None and result.num_tokens_evicted < params.num_tokens:
             result.num_tokens_evicted += self.prefetch.give_back()
         return result
+
+    def _evict_demoted(self, node_id: int) -> int:
+        """A leaf that is not coming back need not be copied anywhere. -> its tokens"""
+        tracker = dict.fromkeys(self.tree_components, 0)
+        super()._evict_device_leaf(node_id, tracker)
+        return int(tracker[ComponentType.FULL])
 
     # ---- requests that leave the device ----
 
     def on_release(self, req: Any, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
+        if self.hints is not None:
+            self.hints.released(req)
         if isinstance(self.linker, SmgLinkerWrapper):
             self.linker.release_finished(req.rid)
         if self.streams is not None:

@@ -68,10 +68,12 @@ def start_memory(server_args: Any) -> None:
 
     assert config.host_gb is not None
     assert config.eviction_policy is not None
+    assert config.hint_share is not None
     with _one_sentence(server_args):
         process = MemoryProcess.start(
             host_bytes=int(config.host_gb * GIB),
             eviction=config.eviction_policy,
+            hint_share=config.hint_share,
             storage=config.storage,
             storage_config=config.storage_config,
         )

@@ -16,11 +16,12 @@ import setproctitle
 
 from smg_sglang.config import flags
 from smg_sglang.engine.options import command_line, configuration, record
-from smg_sglang.engine.seams import launch
+from smg_sglang.engine.seams import hint_route, launch
 from smg_sglang.engine.split import publication
 
 #: What SGLang calls the process of its data-parallel controller before it loads plugins.
 CONTROLLER_TITLE = "sglang::data_parallel_controller"
+IO_STRUCT = "sglang.srt.managers.io_struct"
 
 
 def register() -> None:
@@ -41,6 +42,10 @@ def register() -> None:
     # Hooking a module imports it, so each process gets only the hooks of its own role.
     if multiprocessing.parent_process() is None:
         hook("utils.common.kill_process_tree", _before_kill_tree, HookType.BEFORE)
+    if multiprocessing.parent_process() is not None and IO_STRUCT in sys.modules:
+        from smg_sglang.engine.cache import hint_messages
+
+        hint_messages.register()
     if "sglang.srt.managers.scheduler" in sys.modules:
         _register_worker_hooks(hook, HookType)
     if setproctitle.getproctitle() == CONTROLLER_TITLE:
@@ -54,6 +59,8 @@ def register() -> None:
 
 
 def _register_worker_hooks(hook: Callable[..., None], kind: Any) -> None:
+    from smg_sglang.engine.cache.hint_messages import after_init_request_dispatcher
+
     parts, batch = "managers.scheduler_components", "managers.schedule_batch"
     state = f"{parts}.internal_state.SchedulerInternalStateController.get_internal_state"
     hook("mem_cache.registry.create_unified_radix_cache", _around_create_cache, kind.AROUND)
@@ -63,6 +70,8 @@ def _register_worker_hooks(hook: Callable[..., None], kind: Any) -> None:
     hook(output, publication.around_send_output, kind.AROUND)
     hook(f"{batch}.release_req", _before_release_req, kind.BEFORE)
     hook("managers.scheduler.Scheduler.get_new_batch_prefill", _after_new_batch, kind.AFTER)
+    dispatcher = "managers.scheduler.Scheduler.init_request_dispatcher"
+    hook(dispatcher, after_init_request_dispatcher, kind.AFTER)
     _register_admission_hooks(hook, kind)
     # Updates by tensor, by broadcast and over RDMA run between begin and end.
     updater = f"{parts}.weight_updater.SchedulerWeightUpdaterManager"
@@ -119,6 +128,8 @@ def _after_check(result: Any, server_args: Any) -> None:
     launch.check_model(server_args)
     launch.prepare_split(server_args)
     launch.start_memory(server_args)
+    if record.is_enabled(server_args):
+        hint_route.add_route()
 
 
 def _before_kill_tree(parent_pid: int | None = None, *args: Any, **kwargs: Any) -> None:

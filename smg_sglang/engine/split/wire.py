@@ -131,6 +131,7 @@ def make_copy(message: TokenizedGenerateReqInput, copy_rid: str) -> bytes:
         custom_logit_processor=None,
         require_reasoning=False,
         routed_dp_rank=None,
+        kv_hints=None,  # the original has them
         no_logs=True,
     )
     return encode(copy)
@@ -208,6 +209,7 @@ def answer_type(message: Any) -> str | None:
 
 
 _ANSWERS = {
+    "KvHintsReqInput": "KvHintsReqOutput",
     "LoadLoRAAdapterReqInput": "LoRAUpdateOutput",
     "UnloadLoRAAdapterReqInput": "LoRAUpdateOutput",
     "LoadLoRAAdapterFromTensorsReqInput": "LoRAUpdateOutput",

@@ -38,6 +38,7 @@ class Tier:
         self.trails = []
         # One object stands for all parts of a tier.
         self.lookups = self.spills = self.queue = self
+        self.hints = SimpleNamespace(sweep=lambda: None, clear=lambda: None)
         self.load_backs = SimpleNamespace(loads=SimpleNamespace(counter=None))
         self.spilled = []
         self.spilled_now = []
