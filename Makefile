@@ -9,7 +9,7 @@ TRACE ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-split test-models test-gpu bench bench-all bench-programs bench-replay bench-split
-.PHONY: bench-context bench-prefetch bench-storage bench-waits bench-hints bench-tree bench-transfer bench-host-attention bench-host-dtype bench-gpu gpu-bundle readme lint model clean distclean
+.PHONY: bench-context bench-prefetch bench-storage bench-waits bench-hints bench-tree bench-transfer bench-host-attention bench-host-dtype bench-plan bench-gpu gpu-bundle readme lint model clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -25,7 +25,7 @@ test-split: $(VENV)/.ready ## the experimental split of prefill and decode, kill
 	@SMG_TEST_SPLIT=1 $(RUN) -m pytest tests/e2e/test_split.py $(ARGS)
 
 test-models: $(VENV)/.ready ## models whose layers differ, at every page size, against the model itself
-	@SMG_TEST_MODELS=1 $(RUN) -m pytest tests/e2e/test_models.py tests/e2e/test_fp8.py $(ARGS)
+	@SMG_TEST_MODELS=1 $(RUN) -m pytest tests/e2e/test_models.py tests/e2e/test_fp8.py tests/e2e/test_modes.py $(ARGS)
 
 test-gpu: $(VENV)/.ready ## only what needs a CUDA device; ARGS="pytest flags"
 	@$(RUN) -m pytest tests/gpu $(ARGS)
@@ -72,6 +72,9 @@ bench-transfer: $(VENV)/.ready ## how fast pages move between device pool and ho
 
 bench-host-attention: $(VENV)/.ready ## decode attention over host pages: kernel, torch, plain read; ARGS="flags"
 	@$(RUN) bench/host_attention.py $(ARGS)
+
+bench-plan: $(VENV)/.ready ## what `smg_sglang plan` says of this CPU beside what it does; ARGS="flags"
+	@$(RUN) bench/plan.py $(ARGS)
 
 bench-host-dtype: $(VENV)/.ready ## the next token after host hits from fp8 pages; ARGS="flags"
 	@$(RUN) -m bench.host_dtype $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)

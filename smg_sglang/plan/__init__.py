@@ -1,0 +1,1 @@
+"""What a token costs on a box, wherever its context lies: `python -m smg_sglang plan`."""
