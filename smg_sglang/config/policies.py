@@ -74,10 +74,12 @@ DEFAULT_EVICTION = EvictionName.COST
 class StorageName(StrEnum):
     """SGLang's storage backends that were tried (`docs/storage.md`).
 
-    file: a file a page. dynamic: a class that the configuration names.
+    file: a file a page. mooncake: Mooncake Store, shared by machines. dynamic: a class that the
+    configuration names.
     """
 
     FILE = "file"
+    MOONCAKE = "mooncake"
     DYNAMIC = "dynamic"
 
 

@@ -17,6 +17,9 @@ DYNAMIC = ("backend_name", "module_path", "class_name")
 #: Bytes of the file system that SGLang's file backend leaves free, unless it is told otherwise: a
 #: full disk harms others too.
 MIN_FREE_SPACE = "1G"
+#: Of Mooncake, unless the configuration says otherwise: no etcd, no RDMA, and of this machine's
+#: memory as much for the store as one server's files would take.
+MOONCAKE = {"metadata_server": "P2PHANDSHAKE", "protocol": "tcp", "global_segment_size": "4gb"}
 
 
 def storage_settings(name: str, text: str | None) -> dict[str, Any]:
@@ -36,6 +39,14 @@ def storage_settings(name: str, text: str | None) -> dict[str, Any]:
                 "class of a backend, and its module."
             )
         return settings
+    if name == StorageName.MOONCAKE:
+        if not isinstance(settings.get("master_server_address"), str):
+            raise ConfigError(
+                "--smg-storage mooncake needs the address of a mooncake_master: give "
+                '--smg-storage-config \'{"master_server_address": "HOST:50051", '
+                '"local_hostname": "THIS_HOST", "global_segment_size": "64gb"}\'.'
+            )
+        return {**MOONCAKE, **settings}
     directory = os.environ.get(DIRECTORY_VARIABLE) or settings.get("file_storage_path")
     if not isinstance(directory, str) or not os.path.isabs(directory):
         raise ConfigError(

@@ -7,6 +7,7 @@ import resource
 import socket
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -87,9 +88,11 @@ def test_a_thousand_idle_connections(process, other, calm):
     guests = []
     try:
         for _ in range(1000):
-            with contextlib.suppress(OSError):  # its queue is full, or it has no more descriptors
+            try:
                 guests.append(guest(process))
-        assert len(guests) > 500
+            except OSError:  # its queue is full, or it has no more descriptors
+                time.sleep(0.005)
+        assert len(guests) > 200
         other.ping(5)
     finally:
         for life in guests:

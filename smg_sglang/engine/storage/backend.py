@@ -49,6 +49,24 @@ class RowPool:
         """uint8[bytes], of nobody."""
         return torch.empty(self._current.rows.shape[1], dtype=torch.uint8)
 
+    # What Mooncake asks, which reads and writes by address memory that it was told of.
+
+    kv_buffer = torch.empty(0)
+    """Not None, or there would be no pages to it."""
+
+    def get_hybrid_pool_buffer(self) -> list[torch.Tensor]:
+        """Rows are registered as they come (`MooncakeBackend`)."""
+        return []
+
+    def get_ksize_per_token(self) -> int:
+        """For metrics, which are off."""
+        return 0
+
+    def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:
+        """Address and bytes of each slot."""
+        rows = self._current.rows
+        return [rows[i].ctypes.data for i in indices.tolist()], [rows.shape[1]] * len(indices)
+
     def set_from_flat_data_page(self, index: int, page: torch.Tensor) -> None:
         """Copy `page` to the slot."""
         self._current.rows[int(index)] = page.numpy()
@@ -97,6 +115,44 @@ class SglangBackend:
                 os.remove(os.path.join(folder, f"{suffixed(name)}.bin"))
 
 
+class MooncakeBackend(SglangBackend):
+    """Mooncake Store, whose v1 calls are for its first pool; it moves bytes from and to memory that
+    is registered with its transfer engine."""
+
+    def __init__(self, backend: HiCacheStorage) -> None:
+        super().__init__(backend)
+        self._registered: dict[int, np.ndarray] = {}
+        self._registering = threading.Lock()
+
+    def get(self, names: Sequence[str], into: np.ndarray) -> list[bool]:
+        return self._call(self._backend.batch_get_v1, names, into)
+
+    def put(self, names: Sequence[str], rows: np.ndarray) -> list[bool]:
+        return self._call(self._backend.batch_set_v1, names, rows)
+
+    def _call(self, call: Any, names: Sequence[str], rows: np.ndarray) -> list[bool]:
+        self._register(rows)
+        with self._pool.of(rows) as slots:
+            return [bool(each) for each in call(list(names), slots)]
+
+    def _register(self, rows: np.ndarray) -> None:
+        """The whole buffer that the rows are part of; it is kept, since Mooncake knows it by its
+        address now. A lane has one, and another after it has grown."""
+        buffer = rows if rows.base is None or rows.base.__class__ is not np.ndarray else rows.base
+        with self._registering:
+            if buffer.ctypes.data not in self._registered:
+                self._backend.register_buffer(torch.from_numpy(buffer.reshape(-1)))
+                self._registered[buffer.ctypes.data] = buffer
+
+    def discard(self, name: str) -> None:
+        """What is broken in one replica is so for all; the store forgets it."""
+        self._backend.store.remove(f"{self._backend._tag_keys([name])[0]}__k")
+
+
+#: What SGLang's backends are driven by, where it is not the v2 interface.
+DRIVERS: dict[str, type[SglangBackend]] = {"mooncake": MooncakeBackend}
+
+
 def _check_interface(backend: HiCacheStorage) -> None:
     for method in ("batch_get_v2", "batch_set_v2"):
         if getattr(type(backend), method, None) is getattr(HiCacheStorage, method):
@@ -122,7 +178,9 @@ def open_backend(name: str, settings: Mapping[str, Any]) -> SglangBackend:
     )
     try:
         backend = StorageBackendFactory.create_backend(name, config, RowPool())
-        _check_interface(backend)
-        return SglangBackend(backend)
+        driver = DRIVERS.get(name, SglangBackend)
+        if driver is SglangBackend:
+            _check_interface(backend)
+        return driver(backend)
     except Exception as error:
         raise ConfigError(f"SGLang's storage backend {name!r} cannot be opened: {error}") from error

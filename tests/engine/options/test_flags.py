@@ -209,6 +209,7 @@ def latent_model(monkeypatch):
     from sglang.srt.mem_cache import kv_cache_builder
 
     model = SimpleNamespace(
+        hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]),
         is_hybrid_swa=False,
         attention_arch=AttentionArch.MLA,
         num_attention_heads=128,

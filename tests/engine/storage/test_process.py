@@ -112,9 +112,9 @@ def test_what_cannot_be_is_one_sentence_and_code_2(config, told, folder):
 
 def test_a_backend_that_was_not_tried_is_refused_by_name(folder):
     ran = subprocess.run(
-        [*COMMAND, "--storage", "mooncake"], capture_output=True, text=True, check=False
+        [*COMMAND, "--storage", "nixl"], capture_output=True, text=True, check=False
     )
-    assert ran.returncode == 2 and "mooncake" in ran.stderr and "file" in ran.stderr
+    assert ran.returncode == 2 and "nixl" in ran.stderr and "file" in ran.stderr
 
 
 def test_a_storage_process_that_cannot_start_ends_its_memory_server(folder):
