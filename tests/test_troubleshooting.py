@@ -16,7 +16,7 @@ SAID = [
     line for block in re.findall(r"```log\n(.*?)```", PAGE, re.S) for line in block.splitlines()
 ]
 #: Tools that a person runs and watches; the rest of the package speaks to a log.
-WATCHED = {"simulate", "doctor", "trace"}
+WATCHED = {"simulate", "plan", "doctor", "trace"}
 #: Ways to say something to whoever runs the server.
 WAYS = {"warning", "error", "exception", "critical", "warn", "_tell", "ConfigError", "_refuse_any"}
 WAYS |= {"WorkersBroken"}
