@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import mmap
-import os
 import random
 import shutil
 import sys
@@ -31,12 +29,12 @@ from bench.serving.setting import choose_model, open_console, server_parser, sho
 from bench.serving.statistics import compare, spread
 from bench.serving.subjects import start_smg
 from bench.serving.workloads import words
+from smg_sglang.doctor.disk import direct_speed
 from tools.sglang_server import SglangServer
 
 OUT = Path(__file__).parent / "out"
 POOL_TOKENS, DOCUMENT_TOKENS, OTHER_TOKENS = 4608, 2000, 4096
 TIERS = ("cold", "storage", "host", "device")
-_BLOCK, _FILE = 1 << 20, 256 << 20
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -98,30 +96,6 @@ def measure(console: Console, server: SglangServer, rounds: int) -> dict[str, li
     return seconds
 
 
-def plain_speed(directory: Path) -> dict[str, float]:
-    """Bytes a second of direct writes and reads, 1 MiB each, one at a time; empty where the file
-    system has no direct I/O."""
-    block = mmap.mmap(-1, _BLOCK)
-    block.write(os.urandom(_BLOCK))
-    path = directory / "plain"
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
-    except OSError:
-        return {}
-    try:
-        speeds = {}
-        for name, move in (("write", os.pwritev), ("read", os.preadv)):
-            began = time.perf_counter()
-            for at in range(0, _FILE, _BLOCK):
-                move(fd, [block], at)
-            os.fsync(fd)
-            speeds[name] = _FILE / (time.perf_counter() - began)
-        return speeds
-    finally:
-        os.close(fd)
-        path.unlink()
-
-
 def backend_speed(server: SglangServer) -> dict[str, float]:
     """Bytes a second of the storage process's own calls."""
     from smg_sglang.storage.client import ask_counters
@@ -163,7 +137,7 @@ def main(arguments: list[str]) -> int:
     server = start(options, directory)
     try:
         seconds = measure(console, server.wait_ready(), options.rounds)
-        speeds = {"backend": backend_speed(server), "plain": plain_speed(directory)}
+        speeds = {"backend": backend_speed(server), "plain": direct_speed(directory)}
     finally:
         server.stop()
         shutil.rmtree(directory / "pages", ignore_errors=True)

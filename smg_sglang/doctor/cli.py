@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from smg_sglang.box import GIB, BoxMemory, box_memory
+from smg_sglang.doctor.disk import look_at_disk
 from smg_sglang.doctor.finding import Finding, Verdict, first_line, wrong
 from smg_sglang.doctor.limits import look_at_limits, look_at_memory
 from smg_sglang.doctor.link import Link
@@ -31,7 +32,7 @@ class Report(msgspec.Struct, frozen=True):
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 when nothing is wrong, 1 when something is."""
     options = _parser().parse_args(arguments)
-    report = examine()
+    report = examine(options.storage)
     if options.json:
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
     else:
@@ -39,9 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if report.fine else 1
 
 
-def examine() -> Report:
-    """Look at everything. Takes a few seconds: torch is imported, and copies are timed."""
+def examine(storage: str | None = None) -> Report:
+    """Look at everything, and at a directory for storage. Takes a few seconds: torch is imported,
+    and copies are timed."""
     findings = [*look_at_software(), *look_at_memory()]
+    if storage is not None:
+        findings += look_at_disk(storage)
     box = box_memory()
     links, cuda = _measure(findings, box)
     recommended = recommend(box, links, cuda=cuda)
@@ -89,4 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         "is wrong, each with its mend. Exit code 1 when something is wrong.",
     )
     parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    parser.add_argument(
+        "--storage", metavar="DIRECTORY", help="also how fast it is (256 MiB are written there)"
+    )
     return parser

@@ -161,6 +161,8 @@ def _settings(options: argparse.Namespace, policy: EvictionName) -> Settings:
 def _checked(settings: Settings) -> Settings:
     if settings.device_pages < 2:
         raise ConfigError("--device-tokens must be two pages at least.")
+    if settings.storage_gb and not settings.host_bytes:
+        raise ConfigError("--storage-gb needs host memory above it: give --host-gb.")
     if settings.chunk_tokens < settings.page_size:
         raise ConfigError("--chunk-tokens must be a page at least.")
     return settings

@@ -35,6 +35,11 @@ class Flight:
     """Found on the device."""
     host_pages: int = 0
     """Found in host memory, beyond those."""
+    asked_storage: bool = False
+    fetching: bool = False
+    """It waits for storage, and others go first."""
+    stored_pages: int = 0
+    """Brought from storage to host memory for it."""
     done: int = 0
     """Prompt tokens whose KV is there."""
     promised: int = 0

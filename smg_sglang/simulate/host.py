@@ -11,6 +11,7 @@ from smg_sglang.config import MAX_WAITING_SHARE
 from smg_sglang.memory.books import Books
 from smg_sglang.memory.namespace import Namespace
 from smg_sglang.simulate.settings import Settings
+from smg_sglang.simulate.storage import StorageLevel
 from smg_sglang.tree.page_keys import KEY_BYTES
 
 _CLIENT = b"simulated worker"
@@ -47,6 +48,8 @@ class HostLevel:
         self._waiting: deque[Spill] = deque()
         self._waiting_pages = 0
         self._busy = False
+        pages = settings.storage_pages
+        self.storage = StorageLevel(pages) if pages else None
 
     def find(self, path: bytes, start: int) -> tuple[int, int]:
         """(lease, pages found beyond `start`)."""
@@ -77,10 +80,22 @@ class HostLevel:
     def spill_now(self, path: bytes) -> float:
         """Copy what is lacking of `path` at once; the seconds it takes."""
         reservation = next(self._ids)
-        _, pages = self.books.reserve(_CLIENT, reservation, path)
+        have, pages = self.books.reserve(_CLIENT, reservation, path)
         seconds = self._count(len(pages))
-        self.books.publish(_CLIENT, reservation)
+        self._publish(reservation, path[: (have + len(pages)) * KEY_BYTES])
         return seconds
+
+    def bring(self, path: bytes, start: int) -> int:
+        """Pages from storage, for `path[start:]`; how many there was room for."""
+        reservation = next(self._ids)
+        have, pages = self.books.reserve(_CLIENT, reservation, path)
+        self.books.publish(_CLIENT, reservation)
+        return max(0, have + len(pages) - start)
+
+    def _publish(self, reservation: int, path: bytes) -> None:
+        self.books.publish(_CLIENT, reservation)
+        if self.storage is not None:
+            self.storage.offer(path)
 
     def _start(self) -> None:
         self._busy = True
@@ -90,7 +105,8 @@ class HostLevel:
         short = len(spill.path) // KEY_BYTES - have - len(pages)
         self.dropped["memory_full"] += short
         seconds = self._count(len(pages))
-        self._at(self._now() + seconds, self._finish, spill, reservation, short == 0)
+        kept = spill.path[: (have + len(pages)) * KEY_BYTES]
+        self._at(self._now() + seconds, self._finish, spill, reservation, kept)
 
     def _count(self, pages: int) -> float:
         seconds = self._settings.link_s(pages)
@@ -99,11 +115,11 @@ class HostLevel:
         self.spill_s += seconds
         return seconds
 
-    def _finish(self, spill: Spill, reservation: int, success: bool) -> None:
-        self.books.publish(_CLIENT, reservation)
+    def _finish(self, spill: Spill, reservation: int, kept: bytes) -> None:
+        self._publish(reservation, kept)
         self._waiting_pages -= spill.own_pages
         self._busy = False
-        spill.done(success)
+        spill.done(kept == spill.path)
         if self._waiting and not self._busy:
             self._start()
 

@@ -36,11 +36,13 @@ def _rows(run: Outcome) -> list[tuple[str, str, str]]:
         ("spills", f"{run.spills:,}", f"{_gib(run.spilled_bytes)}, {run.spill_s:,.1f} s of it"),
         ("evicted, device", f"{run.evicted_tokens['device']:,}", "tokens"),
         ("evicted, host", f"{run.evicted_tokens['host']:,}", "tokens"),
+        ("evicted, storage", f"{run.evicted_tokens['storage']:,}", "tokens"),
         (
             "TTFT saved, a request",
             f"{_per(saved['total'], run.requests)} ms",
             f"device {_per(saved['device'], run.requests)} ms, "
-            f"host {_per(saved['host'], run.requests)} ms, on an idle device",
+            f"host {_per(saved['host'], run.requests)} ms, "
+            f"storage {_per(saved['storage'], run.requests)} ms, on an idle device",
         ),
         (
             "TTFT with queueing",

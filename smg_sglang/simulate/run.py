@@ -27,6 +27,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     write_policy: str
     device_tokens: int
     host_gb: float
+    storage_gb: float
     page_size: int
     host_pages: int
     requests: int
@@ -109,6 +110,7 @@ def _outcome(
         write_policy=settings.write_policy,
         device_tokens=settings.device_tokens,
         host_gb=settings.host_gb,
+        storage_gb=settings.storage_gb,
         page_size=page,
         requests=tally.requests,
         refused_requests=tally.refused,
@@ -129,6 +131,7 @@ def _outcome(
             "tflops": settings.tflops,
             "link_gbps": settings.link_gbps,
             "itl_ms": settings.itl_ms,
+            "storage_gbps": settings.storage_gbps,
         },
         simulated_s=simulated_s,
         took_s=took_s,
@@ -139,7 +142,7 @@ def _outcome(
 def _below(settings: Settings, worker: Worker) -> dict[str, Any]:
     """The figures of the host level; all 0 without one."""
     page, host = settings.page_size, worker.host
-    evicted = {"device": worker.device.evicted_pages * page, "host": 0}
+    evicted = {"device": worker.device.evicted_pages * page, "host": 0, "storage": 0}
     if host is None:
         zeros: dict[str, Any] = dict.fromkeys(
             ("host_pages", "spills", "spilled_tokens", "spilled_bytes", "spill_s"), 0
@@ -147,6 +150,8 @@ def _below(settings: Settings, worker: Worker) -> dict[str, Any]:
         return {**zeros, "dropped_tokens": {}, "evicted_tokens": evicted}
     stats = host.books.stats(epoch="", uptime_s=0, malformed=0, strays=0, refused=0)
     evicted["host"] = stats.total.pages_evicted * page
+    if host.storage is not None:
+        evicted["storage"] = host.storage.evicted * page
     slabs = settings.host_bytes // host.geometry.slab_bytes
     return {
         "host_pages": slabs * host.geometry.pages_per_slab,

@@ -54,6 +54,11 @@ class Settings:
         *(50.0, "G", above_0, "device to host memory, 10^9 bytes/s each way"),
         "50, or 12; `python -m smg_sglang doctor` measures yours",
     )
+    storage_gb: float = _flag(0.0, "GIB", gib, "storage below host memory; 0: none")
+    storage_gbps: float = _flag(
+        1.0, "G", above_0, "of storage, 10^9 bytes/s; `make bench-storage` measures yours"
+    )
+    storage_wait_ms: float = _flag(500.0, "MS", from_0, "--smg-storage-wait-ms")
     itl_ms: float = _flag(20.0, "MS", from_0, "between two tokens of an answer", "20, or 60")
     closed: bool = False
     time_scale: float = _flag(
@@ -76,6 +81,15 @@ class Settings:
     @property
     def host_bytes(self) -> int:
         return int(self.host_gb * GIB)
+
+    @property
+    def storage_pages(self) -> int:
+        """Pages that storage has room for; 0: there is none."""
+        return int(self.storage_gb * GIB) // self.page_bytes
+
+    def fetch_s(self, pages: int) -> float:
+        """Seconds to bring pages from storage to host memory."""
+        return pages * self.page_bytes / (self.storage_gbps * 1e9)
 
     def needed_pages(self, request: Request) -> int:
         """Device pages of all its tokens, its answer's last one included: SGLang's scheduler runs

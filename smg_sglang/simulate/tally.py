@@ -36,22 +36,28 @@ class Tally:
         self.input_tokens += prompt
         device, host = flight.device_pages * page, flight.host_pages * page
         self.hit_tokens["device"] += device
-        self.hit_tokens["host"] += host
+        stored = min(flight.stored_pages, flight.host_pages) * page
+        self.hit_tokens["host"] += host - stored
+        self.hit_tokens["storage"] += stored
         self.loads += host > 0
         self.loaded_pages += flight.host_pages
-        self._save(prompt, device, host, flight.host_pages)
+        self._save(prompt, device, host, flight.host_pages, stored)
 
-    def _save(self, prompt: int, device: int, host: int, pages: int) -> None:
+    def _save(self, prompt: int, device: int, host: int, pages: int, stored: int) -> None:
         """Against computing all of the prompt, on a device that has nothing else to do: a load
         hides behind the computation of the rest, as far as that is long enough."""
         model, settings = self._settings.model, self._settings
         self.prefill_flops += model.prefill_flops(0, prompt)
         self.saved_flops["device"] += model.prefill_flops(0, device)
-        self.saved_flops["host"] += model.prefill_flops(device, device + host)
+        known = device + host - stored
+        self.saved_flops["host"] += model.prefill_flops(device, known)
+        self.saved_flops["storage"] += model.prefill_flops(known, device + host)
         self.saved_s["device"] += settings.compute_s(0, device)
         rest = settings.compute_s(device + host, prompt)
         exposed = max(settings.link_s(pages) - rest, 0.0)
-        self.saved_s["host"] += settings.compute_s(device, device + host) - exposed
+        self.saved_s["host"] += settings.compute_s(device, known) - exposed
+        fetched_s = settings.fetch_s(stored // settings.page_size)
+        self.saved_s["storage"] += settings.compute_s(known, device + host) - fetched_s
 
     def first_token(self, flight: Flight, now_s: float) -> None:
         """Its prompt is computed."""

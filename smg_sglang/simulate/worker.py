@@ -87,11 +87,46 @@ class Worker:
         budget = self.settings.chunk_tokens
         if self._chunked is not None:
             budget = self._add(batch, self._chunked, budget)
-        while budget > 0 and self._waiting and self._chunked is None:
-            if self._running >= self.settings.max_running or not self._admit(self._waiting[0]):
+        for flight in list(self._waiting):
+            if budget <= 0 or self._chunked is not None:
                 break
-            budget = self._add(batch, self._waiting.popleft(), budget)
+            if self._running >= self.settings.max_running:
+                break
+            if flight.fetching or self._fetches(flight):
+                continue  # passed over
+            if not self._admit(flight):
+                break
+            self._waiting.remove(flight)
+            budget = self._add(batch, flight, budget)
         return batch
+
+    def _fetches(self, flight: Flight) -> bool:
+        """Whether it is to wait for storage, which it asks once: what is not brought within the
+        longest wait is computed."""
+        if self.host is None or self.host.storage is None or flight.asked_storage:
+            return False
+        flight.asked_storage = True
+        path = flight.path.head(flight.path.matchable)
+        device = self.device.tree.match(path).length
+        lease, found = self.host.find(path, device)
+        self.host.release(lease)
+        start = device + found
+        stored = self.host.storage.has(path, start)
+        most = int(self.settings.storage_wait_ms / 1000 / self.settings.fetch_s(1))
+        pages = min(stored, most)
+        if not stored:
+            return False
+        flight.fetching = True
+        wait_s = min(self.settings.fetch_s(stored), self.settings.storage_wait_ms / 1000)
+        self._clock.at(self._clock.now() + wait_s, self._fetched, flight, start, pages)
+        return True
+
+    def _fetched(self, flight: Flight, start: int, pages: int) -> None:
+        assert self.host is not None
+        flight.fetching = False
+        if pages:
+            flight.stored_pages = self.host.bring(flight.path.head(start + pages), start)
+        self._wake()
 
     def _add(self, batch: Batch, flight: Flight, budget: int) -> int:
         tokens = min(flight.remaining, budget)

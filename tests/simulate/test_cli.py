@@ -42,7 +42,12 @@ def test_a_run_is_printed_and_written(trace, tmp_path, capsys):
     assert run["hit_tokens"].keys() == {"device", "host", "storage"}
     assert run["hit_tokens"]["host"] > 0
     assert sum(run["hit_tokens"].values()) == run["input_tokens"] - 8 * 512
-    assert run["assumed"] == {"tflops": 0.14, "link_gbps": 12.0, "itl_ms": 60.0}
+    assert run["assumed"] == {
+        "tflops": 0.14,
+        "link_gbps": 12.0,
+        "itl_ms": 60.0,
+        "storage_gbps": 1.0,
+    }
 
 
 def test_a_sweep_is_written_as_csv_and_png_between_its_bounds(trace, tmp_path, capsys):

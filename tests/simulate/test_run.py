@@ -1,5 +1,6 @@
 """The simulated server, scenario by scenario."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from smg_sglang.simulate.worker import Worker
 from smg_sglang.trace import load_trace
 
 from ..trace.factories import published
-from .factories import PAGE, ask, chats, make_settings, number
+from .factories import KV_BYTES, PAGE, ask, chats, make_settings, number
 
 
 def hits(requests, **server) -> tuple[int, int]:
@@ -176,3 +177,47 @@ def test_a_published_hour_of_chats_takes_less_than_a_minute():
     assert run.took_s < 60
     assert run.input_tokens == 144_793_823
     assert 0 < run.hit_share["total"] < 0.3737
+
+
+# ---- storage ----
+
+
+def with_storage(**changes):
+    return make_settings(
+        device_tokens=512, host_tokens=1024, **{"storage_gb": 1.0, "storage_gbps": 10.0} | changes
+    )
+
+
+def test_what_host_memory_has_evicted_is_brought_from_storage():
+    requests = number([ask(1, 2, 3), *(ask(10 * n, 10 * n + 1, 10 * n + 2) for n in range(1, 9)), ask(1, 2, 3)])  # fmt: skip
+    without = simulate(requests, with_storage(storage_gb=0.0))
+    assert without.hit_tokens == {"device": 0, "host": 0, "storage": 0}
+    run = simulate(requests, with_storage())
+    assert run.hit_tokens["storage"] == 3 * 64 - PAGE
+    assert run.hit_tokens["device"] == run.hit_tokens["host"] == 0
+    assert run.ttft_s["mean"] < without.ttft_s["mean"]
+
+
+def test_what_comes_too_late_from_storage_is_computed():
+    requests = number([ask(1, 2, 3), *(ask(10 * n, 10 * n + 1, 10 * n + 2) for n in range(1, 9)), ask(1, 2, 3)])  # fmt: skip
+    settings = with_storage()
+    page_s = settings.fetch_s(1)
+    late = simulate(requests, with_storage(storage_wait_ms=3.5 * page_s * 1000))
+    assert late.hit_tokens["storage"] == 3 * PAGE
+    never = simulate(requests, with_storage(storage_wait_ms=0.0))
+    assert never.hit_tokens["storage"] == 0
+
+
+def test_storage_that_is_full_evicts():
+    trace = chats(12, 6)
+    room = with_storage(storage_gb=2000 * KV_BYTES / (1 << 30))
+    small, large = simulate(trace, room), simulate(trace, with_storage())
+    assert small.evicted_tokens["storage"] > 0 == large.evicted_tokens["storage"]
+    assert small.hit_share["total"] <= large.hit_share["total"]
+
+
+def test_with_storage_for_all_nothing_is_lost():
+    trace = chats(12, 6)
+    best = simulate(trace, make_settings(device_tokens=512, host_tokens=1 << 20))
+    run = simulate(trace, with_storage(storage_wait_ms=1e6))
+    assert run.hit_share["total"] == pytest.approx(best.hit_share["total"], abs=0.02)
