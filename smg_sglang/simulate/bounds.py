@@ -147,13 +147,16 @@ def infinite_hits(runs: Runs) -> int:
 
 
 def belady_hits(runs: Runs, capacity: int) -> int:
-    """The most hits that any cache of `capacity` units can have, knowing the future.
+    """No fewer hits than any cache of `capacity` units can have, knowing the future; and where all
+    of a prompt may be served, no more than the best of them has.
 
     It drops what is needed again last (Belady, 1966), and keeps nothing that is not needed again.
     A prefix is needed no later than what follows it, so with ties broken from the end it never
     keeps a unit without its parents: what is optimal for single units is so for prefixes, too.
     (Keeping a unit from one use to the next is an interval; at most `capacity` may overlap; to
-    drop the one that ends last is optimal for as many as possible.) The bound is for one level
+    drop the one that ends last is optimal for as many as possible.) Where a prompt's last units are
+    computed though they are there, a prefix may have no use of its own for a while in which what
+    follows it has one; a real cache has to keep it, and this one does not. The bound is for one level
     that sees one request at a time: two levels that hold the same pages twice have less room than
     the sum of their sizes, and requests that run together may miss each other's pages.
     """

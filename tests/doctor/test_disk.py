@@ -24,8 +24,12 @@ def test_a_slow_disk_is_told(tmp_path, monkeypatch, rate, verdict):
 
 
 def test_a_file_system_without_direct_io_is_told(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(22, "Invalid argument")
+    really_open = os.open
+
+    def refuse(path, flags, *more, **options):
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return really_open(path, flags, *more, **options)
 
     monkeypatch.setattr(os, "open", refuse)
     assert disk.direct_speed(tmp_path) == {}

@@ -3,7 +3,7 @@
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from smg_sglang.config import EvictionName
@@ -45,15 +45,17 @@ def best_by_trying(trace, capacity: int, last_is_computed: bool) -> int:
     return best(0, frozenset())
 
 
+@example(trace=[[0, 0], [1], [1, 0], [0], [0, 0, 0]], capacity=2, last_is_computed=True)
 @given(trace=traces, capacity=st.integers(0, 4), last_is_computed=st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_the_optimum_is_the_best_of_all_caches_that_hold_prefixes(
-    trace, capacity, last_is_computed
-):
+def test_the_optimum_bounds_all_caches_that_hold_prefixes(trace, capacity, last_is_computed):
     served = [len(path) - last_is_computed for path in trace]
     runs = bounds.make_runs([to_units(*path) for path in trace], served)
     best = best_by_trying(trace, capacity, last_is_computed)
-    assert bounds.belady_hits(runs, capacity) == best
+    optimum = bounds.belady_hits(runs, capacity)
+    # Where a prefix is computed again by a prompt that ends with it, what follows it needs it more
+    # often than the bound counts.
+    assert optimum >= best if last_is_computed else optimum == best
     assert bounds.infinite_hits(runs) == best_by_trying(trace, 99, last_is_computed)
 
 
