@@ -156,9 +156,9 @@ def belady_hits(runs: Runs, capacity: int) -> int:
     (Keeping a unit from one use to the next is an interval; at most `capacity` may overlap; to
     drop the one that ends last is optimal for as many as possible.) Where a prompt's last units are
     computed though they are there, a prefix may have no use of its own for a while in which what
-    follows it has one; a real cache has to keep it, and this one does not. The bound is for one level
-    that sees one request at a time: two levels that hold the same pages twice have less room than
-    the sum of their sizes, and requests that run together may miss each other's pages.
+    follows it has one; a real cache has to keep it, and this one does not. The bound is for one
+    level that sees one request at a time: two levels that hold the same pages twice have less room
+    than the sum of their sizes, and requests that run together may miss each other's pages.
     """
     kept = [0] * len(runs.lengths)
     wanted_at = [_NEVER] * len(runs.lengths)
