@@ -6,10 +6,11 @@ RUN := $(VENV)/bin/python
 ARGS ?=
 MODEL ?=
 TRACE ?=
+MINUTES ?= 30
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-split test-models test-gpu bench bench-all bench-programs bench-replay bench-split
-.PHONY: bench-context bench-prefetch bench-storage bench-waits bench-hints bench-tree bench-transfer bench-host-attention bench-host-dtype bench-plan bench-gpu gpu-bundle readme lint model clean distclean
+.PHONY: soak bench-context bench-prefetch bench-storage bench-waits bench-hints bench-tree bench-transfer bench-host-attention bench-host-dtype bench-plan bench-gpu gpu-bundle readme lint model clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -54,6 +55,9 @@ bench-context: $(VENV)/.ready ## a context four times the device pool, streamed 
 
 bench-prefetch: $(VENV)/.ready ## host hits that wait, loaded at admission and before; ARGS="flags"
 	@$(RUN) -m bench.prefetch $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)
+
+soak: $(VENV)/.ready ## MINUTES=30 of everything at once, with kills; nothing may be left behind; ARGS="flags"
+	@$(RUN) -m bench.soak --minutes $(MINUTES) $(ARGS)
 
 bench-storage: $(VENV)/.ready ## a prefix cold, in storage, in host memory, on the device; ARGS="flags"
 	@$(RUN) -m bench.storage $(if $(MODEL),--model-path "$(MODEL)") $(ARGS)

@@ -18,6 +18,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
     MatchPrefixParams,
 )
 from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinkerWrapper
 
 from smg_sglang.config import WritePolicy
 from smg_sglang.tree.page_keys import keys_from_hex
@@ -56,6 +57,9 @@ class Tier:
     def find(self, rid, path, start):
         self.asked = (rid, path, start)
         return self.host_pages
+
+    def touch(self, rid, path):
+        """A hit on the device."""
 
     def forget(self, rid):
         self.forgotten.append(rid)
@@ -374,3 +378,52 @@ def test_a_hit_is_as_long_as_all_ranks_have_it():
             ranks.join(rank, world.cache)
             world.tier.host_pages = pages
         assert ranks.all(lambda world: world.match(A, rid="r").host_hit_length) == 2 * PAGE
+
+
+class StockLinker:
+    """What SGLang's own wrapper needs of a linker."""
+
+    def __init__(self, world) -> None:
+        self._tier = world.tier
+        self.pools = dict.fromkeys(world.cache.linker.cache_linker.pools)
+        self.layer_done_counter = None
+
+    def lookup(self, rid, transfers):
+        return list(range(1, self._tier.host_pages + 1))
+
+    def offload(self, transfers, session_id=None):
+        return True
+
+    def num_completed_offloads(self):
+        return len(self._tier.completed)
+
+    def pop_completed_offload(self):
+        return self._tier.completed.pop(0)
+
+
+@pytest.mark.parametrize("host_pages", [0, 2])
+def test_ranks_agree_no_more_often_than_in_sglangs_own_linker(host_pages):
+    """Collectives by step of the scheduler: what host memory has costs no other than SGLang's."""
+
+    def collectives(world):
+        counted, by_step = [], []
+        world.cache._all_reduce_attn_groups = lambda tensor, op: counted.append(tensor.numel())
+        world.tier.host_pages = host_pages
+        longer = A + list(range(32))
+        for step in (
+            lambda: world.match(A, rid="new"),
+            lambda: world.insert(A),
+            world.cache.check_hicache_events,
+            lambda: world.match(A, rid="on the device"),
+            lambda: world.match(longer, rid="goes on"),
+            lambda: world.tier.completed.append(True),
+            world.cache.check_hicache_events,
+        ):
+            before = len(counted)
+            step()
+            by_step.append(len(counted) - before)
+        return by_step
+
+    ours, stock = World(), World()
+    stock.cache.linker = UnifiedCacheLinkerWrapper(stock.cache, StockLinker(stock))
+    assert collectives(ours) == collectives(stock)
