@@ -58,6 +58,8 @@ class MemoryLink:
         self._let_go: deque[bytes] = deque(maxlen=MOST_LET_GO)
         self._closing = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        # The collector may call us within any other call of this thread.
+        self._waking = threading.RLock()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="smg-memory-link", daemon=True)
         self._thread.start()
@@ -81,8 +83,9 @@ class MemoryLink:
         """End the thread and the connection; its leases and unpublished pages go."""
         if self._closing:
             return
-        self._closing = True
-        os.eventfd_write(self._wake, 1)
+        with self._waking:
+            self._closing = True
+            os.eventfd_write(self._wake, 1)
         self._thread.join()
         os.close(self._wake)
 
@@ -146,8 +149,9 @@ class MemoryLink:
     def _copies_ended(self, identity: bytes) -> None:
         """Of a former connection. Any thread, and wherever the collector runs."""
         self._let_go.append(identity)
-        if not self._closing:
-            os.eventfd_write(self._wake, 1)
+        with self._waking:
+            if not self._closing:
+                os.eventfd_write(self._wake, 1)
 
     def _sleep(self, seconds: float | None, fd: int | None = None) -> bool:
         """Until `close`, copies of a former connection have ended, `seconds` are over, or `fd` (a
