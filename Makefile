@@ -26,7 +26,7 @@ test-split: $(VENV)/.ready ## the experimental split of prefill and decode, kill
 	@SMG_TEST_SPLIT=1 $(RUN) -m pytest tests/e2e/test_split.py $(ARGS)
 
 test-models: $(VENV)/.ready ## models whose layers differ, at every page size, against the model itself
-	@SMG_TEST_MODELS=1 $(RUN) -m pytest tests/e2e/test_models.py tests/e2e/test_fp8.py tests/e2e/test_modes.py $(ARGS)
+	@SMG_TEST_MODELS=1 $(RUN) -m pytest tests/e2e/test_models.py tests/e2e/test_fp8.py tests/e2e/test_modes.py tests/e2e/test_simulator.py $(ARGS)
 
 test-gpu: $(VENV)/.ready ## only what needs a CUDA device; ARGS="pytest flags"
 	@$(RUN) -m pytest tests/gpu $(ARGS)

@@ -1,6 +1,7 @@
 """The simulator finds on the device and in host memory what a real server finds."""
 
 import json
+import os
 import random
 import time
 from dataclasses import replace
@@ -20,7 +21,7 @@ HOST_GB = 0.0625
 """1,024 pages of the tiny model: an eighth of them is a slab."""
 
 
-def chats(count: int, turns: int, seed: int = 0) -> list[Request]:
+def chats(count: int, turns: int, seed: int = 0, at_a_time: int = 12) -> list[Request]:
     """Chats that grow by a message a turn, their turns mixed, some with a system prompt in common."""
     rng = random.Random(seed)
     systems = [token_ids(seed + 7 * i, 200) for i in range(3)]
@@ -28,8 +29,8 @@ def chats(count: int, turns: int, seed: int = 0) -> list[Request]:
     left = {chat: turns for chat in range(count)}
     requests = []
     while left:
-        # Three chats at a time, so that there is something to find.
-        chat = rng.choice(list(left)[:12])
+        # Some chats at a time, so that there is something to find.
+        chat = rng.choice(list(left)[:at_a_time])
         texts[chat] += token_ids(rng.randrange(1 << 30), rng.randrange(20, 160))
         text = block_ids(texts[chat])
         requests.append(Request(len(requests), 0.0, text, 1, len(text), rng.randrange(1, 40)))
@@ -44,17 +45,23 @@ def settled(server):
     before = -1
     while before != (now := smg_state(server)["storage"]["pages"].get("written", 0)):
         before = now
-        time.sleep(0.1)
+        time.sleep(0.03)
 
 
 @pytest.mark.parametrize(
     ("write_policy", "eviction", "storage_gb"),
-    [("write_through", "cost", 0), ("write_back", "lru", 0), ("write_through", "cost", 1)],
+    [
+        ("write_through", "cost", 0),
+        ("write_back", "lru", 0),
+        # Two minutes more: `make test-models`.
+        *([("write_through", "cost", 1)] if os.environ.get("SMG_TEST_MODELS") else []),
+    ],
 )
 def test_hits_by_tier_agree_with_a_real_server(
     tiny_model, tmp_path, write_policy, eviction, storage_gb
 ):
-    requests = chats(50, 5)
+    # With storage all of them, so that turns come back when host memory has lost them.
+    requests = chats(50, 5, at_a_time=50 if storage_gb else 12)
     args = ("--enable-smg", "--smg-host-gb", str(HOST_GB), "--log-level", "warning")
     # On a busy box a lookup may take longer than 20 ms, which is a miss; the simulator knows none.
     args += ("--smg-lookup-timeout-ms", "5000")
@@ -92,6 +99,6 @@ def test_hits_by_tier_agree_with_a_real_server(
     assert run.hit_share["host"] == pytest.approx(live["host"], abs=0.005)
     assert run.hit_share["storage"] == pytest.approx(live["storage"], abs=0.005)
     if storage_gb:
-        assert run.hit_share["storage"] > 0.05, "host memory had it all: the test shows little"
+        assert run.hit_share["storage"] > 0.02, "host memory had it all: the test shows little"
     smaller = simulate(requests, replace(settings, host_gb=0.0))
     assert smaller.hit_share["total"] < run.hit_share["total"] - 0.05
