@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from smg_sglang.transfer.cuda import CudaMove, CudaMover, EventMark
-from smg_sglang.transfer.launches import BufferTable, LockedPages
+from smg_sglang.transfer.launches import LockedPages
 from smg_sglang.transfer.layout import DevicePool
 from smg_sglang.transfer.mover import Mark, PageMove
 from smg_sglang.transfer.pinning import ArenaPins
@@ -30,29 +30,8 @@ class TiledMover(CudaMover):
         self._tile = {"tile_words": tile_words, "warps": warps}
         super().__init__(pool, **options)
 
-    def _launch(
-        self,
-        table: BufferTable,
-        layers: range,
-        slots: torch.Tensor,
-        pages: torch.Tensor,
-        unit: int,
-        *,
-        to_arena: bool,
-    ) -> None:
-        from smg_sglang.transfer.triton_rows import move_rows
-
-        move_rows(
-            table.of(layers),
-            slots,
-            pages,
-            row_bytes=table.row_bytes,
-            page_size=self.layout.page_size,
-            unit=unit,
-            programs=self._programs,
-            to_arena=to_arena,
-            **self._tile,
-        )
+    def _launch(self, *args: Any, **more: Any) -> None:
+        super()._launch(*args, **more, **self._tile)
 
 
 class StagedMover(CudaMover):

@@ -234,7 +234,9 @@ class CudaMover(Mover):
         unit: int,
         *,
         to_arena: bool,
+        **tile: int,
     ) -> None:
+        """tile: of `move_rows`, where it is not the usual one (`bench/copy_candidates.py`)."""
         from smg_sglang.transfer.triton_rows import move_rows
 
         move_rows(
@@ -246,6 +248,7 @@ class CudaMover(Mover):
             unit=unit,
             programs=self._programs,
             to_arena=to_arena,
+            **tile,
         )
 
 
