@@ -7,6 +7,7 @@ import socket
 import stat
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from smg_sglang.errors import ConfigError
 
@@ -91,10 +92,18 @@ class Address:
                 os.unlink(path)
 
 
-def peer_uid(connection: socket.socket) -> int:
-    """User id of the process at the other end of a unix socket, as the kernel knows it."""
+class Peer(NamedTuple):
+    """The process at the other end of a unix socket, as the kernel knows it."""
+
+    pid: int
+    uid: int
+
+
+def peer(connection: socket.socket) -> Peer:
+    """Who is at the other end."""
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", raw)[1])
+    pid, uid, _ = struct.unpack("3i", raw)
+    return Peer(pid, uid)
 
 
 def _make_private(directory: str) -> None:

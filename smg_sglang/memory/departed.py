@@ -10,8 +10,9 @@ import contextlib
 import os
 import select
 import socket
-import struct
 from collections.abc import Callable, Iterable
+
+from smg_sglang.memory.address import peer
 
 #: Linux 6.5; Python has no name for it yet.
 SO_PEERPIDFD = 77
@@ -23,8 +24,7 @@ def peer_process(connection: socket.socket) -> tuple[int, int]:
     Raises OSError where it cannot be watched: it has died, or it is in a container of its own and
     the kernel is older than Linux 6.5.
     """
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid = int(struct.unpack("3i", raw)[0])
+    pid = peer(connection).pid
     with contextlib.suppress(OSError):
         return pid, connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
     return pid, os.pidfd_open(pid)

@@ -8,7 +8,7 @@ import msgspec
 
 from smg_sglang.errors import MemoryUnavailable
 from smg_sglang.memory import protocol
-from smg_sglang.memory.address import Address, peer_uid
+from smg_sglang.memory.address import Address, peer
 from smg_sglang.memory.namespace import Namespace
 
 _WELCOME_MAX_BYTES = 64 << 10
@@ -42,7 +42,7 @@ def shake_hands(
 
 
 def _check_owner(life: socket.socket) -> None:
-    if peer_uid(life) != os.getuid():
+    if peer(life).uid != os.getuid():
         raise MemoryUnavailable("it belongs to another user")
 
 

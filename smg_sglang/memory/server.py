@@ -18,7 +18,7 @@ from smg_sglang.box import GIB, check_host_bytes
 from smg_sglang.config import DEFAULT_EVICTION, DEFAULT_HINT_SHARE, EvictionName
 from smg_sglang.errors import ConfigError
 from smg_sglang.memory import protocol
-from smg_sglang.memory.address import Address, peer_uid
+from smg_sglang.memory.address import Address, peer
 from smg_sglang.memory.arena import PageGeometry, create_memfd
 from smg_sglang.memory.books import Books, PageSizeRefused
 from smg_sglang.memory.departed import Departed, has_died, peer_process
@@ -170,8 +170,8 @@ class MemoryServer:
             time.sleep(0.01 if error.errno in (errno.EMFILE, errno.ENFILE) else 0)
             return
         guest.setblocking(False)
-        if peer_uid(guest) != os.getuid():
-            self._refuse(guest, f"user {peer_uid(guest)} may not connect")
+        if peer(guest).uid != os.getuid():
+            self._refuse(guest, f"user {peer(guest).uid} may not connect")
         elif len(self._clients) + len(self._guests) >= _MAX_CLIENTS:
             self._refuse(guest, f"{_MAX_CLIENTS} clients are connected already")
         else:
