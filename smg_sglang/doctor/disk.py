@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from smg_sglang.box import GIB
 from smg_sglang.doctor.finding import Finding, advice, wrong
 
 _BLOCK, _FILE = 1 << 20, 256 << 20
@@ -27,11 +28,11 @@ def look_at_disk(directory: str) -> Iterator[Finding]:
         yield wrong(what, f"cannot be used: {error.strerror}", "choose a directory of your own")
         return
     if not speeds:
-        found = f"{free / (1 << 30):.0f} GiB free; no direct I/O here, so its speed is not known"
+        found = f"{free / GIB:.0f} GiB free; no direct I/O here, so its speed is not known"
         yield advice(what, found, "a directory on a local disk is best")
         return
     read, write = speeds["read"] / 1e9, speeds["write"] / 1e9
-    found = f"{read:.2f} GB/s read, {write:.2f} GB/s written, {free / (1 << 30):.0f} GiB free"
+    found = f"{read:.2f} GB/s read, {write:.2f} GB/s written, {free / GIB:.0f} GiB free"
     if read < _SLOW_GBPS:
         yield advice(what, found, "prefixes are hardly read faster than computed; try another disk")
     else:

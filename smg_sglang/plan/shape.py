@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-
-import msgspec
 
 from smg_sglang.errors import ConfigError
-from smg_sglang.simulate.model import MODELS, HfConfig, model_cost
+from smg_sglang.simulate.model import config_cost, model_config
 
 
 @dataclass(frozen=True)
@@ -31,10 +28,6 @@ class DecodeShape:
     layers: int
 
 
-class _Vocabulary(msgspec.Struct, frozen=True):
-    vocab_size: int
-
-
 def _latent(name: str, *, total: float, active: float, layers: int, heads: int) -> DecodeShape:
     """DeepSeek's MLA: a latent of 512 and 64 rotated numbers a token and layer, in bf16, which all
     heads read: for scores 576 products a head, for the output 512."""
@@ -55,7 +48,6 @@ LATENT = {
     ),
     "deepseek-v3": _latent("deepseek-v3", total=671e9, active=37e9, layers=61, heads=128),
 }
-_VOCABULARIES = {"llama-3.1-8b": 128256, "qwen2.5-7b": 152064, "smollm2-135m": 49152}
 
 
 def decode_shape(name: str) -> DecodeShape:
@@ -66,46 +58,17 @@ def decode_shape(name: str) -> DecodeShape:
     """
     if name in LATENT:
         return LATENT[name]
-    try:
-        cost = model_cost(name)
-    except ConfigError as error:
-        known = ", ".join([*MODELS, *LATENT])
-        if not Path(name).exists():
-            raise ConfigError(
-                f"--model must be one of {known}, or the path of a config.json, not {name!r}."
-            ) from None
-        raise ConfigError(str(error)) from None
-    config, vocabulary = _config(name)
-    size = cost.kv_bytes / _kv_numbers(config)  # bytes of a number
+    name, config = model_config(name, *LATENT)
+    cost = config_cost(name, config)
+    if config.vocab_size is None:
+        raise ConfigError(f"{name} does not describe a model known here: it has no vocab_size.")
     # The logits' matrix is read at each step; the embedding, where it is another one, is not.
-    active = size * (cost.linear_flops / 2 + vocabulary * config.hidden_size)
+    numbers = cost.linear_flops / 2 + config.vocab_size * config.hidden_size
     return DecodeShape(
         name=cost.name,
-        weight_bytes=active,
-        active_bytes=active,
+        weight_bytes=config.element_bytes * numbers,
+        active_bytes=config.element_bytes * numbers,
         kv_bytes=cost.kv_bytes,
         attention_flops=cost.attention_flops,
         layers=config.num_hidden_layers,
-    )
-
-
-def _config(name: str) -> tuple[HfConfig, int]:
-    if name in MODELS:
-        return MODELS[name], _VOCABULARIES[name]
-    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
-    data = path.read_bytes()
-    try:
-        vocabulary = msgspec.json.decode(data, type=_Vocabulary).vocab_size
-    except msgspec.MsgspecError as error:
-        raise ConfigError(f"{path} does not describe a model known here: {error}.") from None
-    return msgspec.json.decode(data, type=HfConfig), vocabulary
-
-
-def _kv_numbers(config: HfConfig) -> int:
-    dim = config.head_dim or config.hidden_size // config.num_attention_heads
-    return (
-        2
-        * config.num_hidden_layers
-        * dim
-        * (config.num_key_value_heads or config.num_attention_heads)
     )

@@ -23,9 +23,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from smg_sglang.box import GIB
 from smg_sglang.plan.shape import DecodeShape
 
-GIB = 1 << 30
 GB = 1e9
 #: Of the device's memory, what weights and KV may have: SGLang's own default is about that.
 USABLE = 0.88
@@ -150,8 +150,3 @@ def dollars_a_million(step_s: float, batch: int, dollars_an_hour: float) -> floa
 def kwh_a_million(step_s: float, batch: int, watts: float) -> float:
     """Of tokens generated."""
     return watts * step_s / batch * 1e6 / 3.6e6
-
-
-def fastest_batch(shape: DecodeShape, box: Box, context: int) -> int:
-    """The most contexts that any way has room for."""
-    return max([1, *(way.fits for way in ways(shape, box, context, 1))])

@@ -45,41 +45,53 @@ class HfConfig(msgspec.Struct, frozen=True):
     head_dim: int | None = None
     torch_dtype: str | None = None
     dtype: str | None = None
+    vocab_size: int | None = None
     kv_lora_rank: int | None = None
     num_experts: int | None = None
     num_local_experts: int | None = None
     n_routed_experts: int | None = None
 
+    @property
+    def element_bytes(self) -> int:
+        """Of a weight, and of a number of KV."""
+        return _DTYPE_BYTES[self.torch_dtype or self.dtype]
+
 
 #: From the models' published `config.json`.
 MODELS = {
-    "llama-3.1-8b": HfConfig(4096, 14336, 32, 32, 8, 128, "bfloat16"),
-    "qwen2.5-7b": HfConfig(3584, 18944, 28, 28, 4, 128, "bfloat16"),
-    "smollm2-135m": HfConfig(576, 1536, 9, 30, 3, 64, "bfloat16"),
+    "llama-3.1-8b": HfConfig(4096, 14336, 32, 32, 8, 128, "bfloat16", vocab_size=128256),
+    "qwen2.5-7b": HfConfig(3584, 18944, 28, 28, 4, 128, "bfloat16", vocab_size=152064),
+    "smollm2-135m": HfConfig(576, 1536, 9, 30, 3, 64, "bfloat16", vocab_size=49152),
 }
 
 
 def model_cost(name: str) -> ModelCost:
-    """Of a known model, or of a `config.json` given by its path or its folder's.
+    """Of a model that `model_config` knows. Raises ConfigError, too, for what is not dense."""
+    return config_cost(*model_config(name))
 
-    Raises ConfigError that says which names there are.
+
+def model_config(name: str, *others: str) -> tuple[str, HfConfig]:
+    """(name, shape) of a known model, or of a `config.json` given by its path or its folder's.
+
+    Raises ConfigError that says which names there are; `others` are the caller's own.
     """
     if name in MODELS:
-        return _cost(name, MODELS[name])
+        return name, MODELS[name]
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
     try:
         config = msgspec.json.decode(path.read_bytes(), type=HfConfig)
     except OSError:
-        known = ", ".join(MODELS)
+        known = ", ".join([*MODELS, *others])
         raise ConfigError(
             f"--model must be one of {known}, or the path of a config.json, not {name!r}."
         ) from None
     except msgspec.MsgspecError as error:
         raise ConfigError(f"{path} does not describe a model known here: {error}.") from None
-    return _cost(path.parent.name or name, config)
+    return path.parent.name or name, config
 
 
-def _cost(name: str, config: HfConfig) -> ModelCost:
+def config_cost(name: str, config: HfConfig) -> ModelCost:
+    """Of a model of that shape. Raises ConfigError for what is not dense, or of a strange dtype."""
     experts = config.num_experts or config.num_local_experts or config.n_routed_experts
     if config.kv_lora_rank or experts:
         raise ConfigError(f"{name}: only dense models with plain KV are known here, no MLA or MoE.")
@@ -90,13 +102,12 @@ def _cost(name: str, config: HfConfig) -> ModelCost:
     )
     dim = config.head_dim or hidden // heads
     kv_heads = config.num_key_value_heads or heads
-    dtype = config.torch_dtype or config.dtype
-    if dtype not in _DTYPE_BYTES:
+    if (dtype := config.torch_dtype or config.dtype) not in _DTYPE_BYTES:
         raise ConfigError(f"{name}: the dtype {dtype!r} is not known here.")
     weights = hidden * dim * (2 * heads + 2 * kv_heads) + 3 * hidden * config.intermediate_size
     return ModelCost(
         name=name,
-        kv_bytes=2 * layers * kv_heads * dim * _DTYPE_BYTES[dtype],
+        kv_bytes=2 * layers * kv_heads * dim * config.element_bytes,
         linear_flops=2.0 * layers * weights,
         attention_flops=4.0 * layers * heads * dim,
     )

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from smg_sglang.box import GIB
 from smg_sglang.config import DEFAULT_EVICTION, EvictionName, SmgConfig, WritePolicy
 from smg_sglang.simulate.model import ModelCost
 from smg_sglang.simulate.options import above_0, count, from_0, gib, page_size, write_policy
 from smg_sglang.trace.request import Request
-
-GIB = 1 << 30
 
 
 def _flag(

@@ -11,11 +11,12 @@ from typing import Any
 
 import msgspec
 
+from smg_sglang.box import GIB
 from smg_sglang.config import EvictionName
 from smg_sglang.errors import ConfigError
 from smg_sglang.simulate.bounds import belady_hits, infinite_hits, page_runs
 from smg_sglang.simulate.run import Outcome, simulate
-from smg_sglang.simulate.settings import GIB, Settings
+from smg_sglang.simulate.settings import Settings
 from smg_sglang.trace.request import Request
 
 #: Sizes of a sweep as shares of what the trace would fill.
